@@ -1,0 +1,104 @@
+"""Farthest-point selection inside strata: the custom op `slap_ds::farthest_point`.
+
+arguments -> plan.check (the only place that refuses anything) -> CUDA, C++ or PyTorch -> the root
+of the final distances. All paths give the same bits; `reference.py` says which.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slap_ds.ops import fallback
+from slap_ds.ops.plan import check
+
+
+class FarthestPoints(NamedTuple):
+    """What `farthest_point` returns, on the device of the features."""
+
+    picks: (
+        Tensor  # (M,) int64: indices into the features, in the order they were picked, never twice
+    )
+    pick_distance: (
+        Tensor  # (M,) float32: the SQUARED distance at which each was picked; inf: no pick before
+    )
+    distance: (
+        Tensor  # (N,) float32: each point's distance (a root) to its nearest pick; 0 for the picks
+    )
+
+
+def farthest_point(
+    features: Tensor,
+    budgets: Tensor,
+    strata: Tensor | None = None,
+    *,
+    first: int,
+    across_strata: bool = True,
+    groups: Tensor | None = None,
+    quotas: Tensor | None = None,
+) -> FarthestPoints:
+    """Pick, stratum after stratum, the point whose smallest L2 distance to the picks so far is
+    largest.
+
+    features: (N, D) float32 or bfloat16, contiguous, on any device. budgets: (K,) int64, picks a
+    stratum. strata: (N,) int64 in [0, K), or None for one stratum. first: the first pick, a point
+    of the first stratum that has a budget. across_strata: measure to the picks of all strata (True)
+    or of the point's own stratum only (False; a stratum without picks then starts with its lowest
+    index). groups (N,) int64 in [0, G) and quotas (G,) int64: a group that has given its quota
+    offers no more points; what a stratum then cannot fill is handed to the next one, cyclically.
+    Ties go to the lowest index. The four id tensors may live on the CPU (the cheapest: the host
+    reads them) or with the features.
+
+    Raises ValueError, before any pick, for: a wrong shape, dtype or id; an empty or non-contiguous
+    tensor; NaN or infinite features; a bounding box whose squared diagonal overflows float32; a
+    budget over its stratum's size; budgets that sum to 0 or to more than the quotas allow; a wrong
+    `first`.
+
+    The method is the k-center greedy of Gonzalez (1985), as SLAP (arXiv 2605.23969) uses it.
+    """
+    return FarthestPoints(
+        *torch.ops.slap_ds.farthest_point(
+            features.detach(), budgets, strata, first, across_strata, groups, quotas
+        )
+    )
+
+
+@torch.library.custom_op("slap_ds::farthest_point", mutates_args=())
+def _op(
+    features: Tensor,
+    budgets: Tensor,
+    strata: Tensor | None,
+    first: int,
+    across_strata: bool,
+    groups: Tensor | None,
+    quotas: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = check(features, budgets, strata, first, across_strata, groups, quotas)
+    picks, pick_squared, squared = fallback.farthest_point(features.cpu(), plan)
+    device = features.device
+    return picks.to(device), pick_squared.to(device), squared.sqrt().to(device)
+
+
+@_op.register_fake
+def _(
+    features: Tensor,
+    budgets: Tensor,
+    strata: Tensor | None,
+    first: int,
+    across_strata: bool,
+    groups: Tensor | None,
+    quotas: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = torch.library.get_ctx().new_dynamic_size(min=1)
+    return (
+        features.new_empty(m, dtype=torch.int64),
+        features.new_empty(m, dtype=torch.float32),
+        features.new_empty(features.shape[0], dtype=torch.float32),
+    )
+
+
+def active_path() -> tuple[str, str]:
+    """The path that CPU tensors take, and why; `slap-ds doctor` prints it."""
+    return "pytorch fallback", "the native library is not built yet"
