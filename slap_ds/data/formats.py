@@ -1,0 +1,228 @@
+"""From rows to conversations.
+
+    paths -> sources -> rows -> FORMATS[recognise(row)] -> Conversation | Reject
+
+A row that cannot be used is never lost and never stops the reading: it comes out as a `Reject`
+with its file, its row number and a reason.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from slap_ds.data.sources import MAX_ROW_BYTES, Source, find_sources, kind_of, read_rows
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in an order that nearly every template can write (see _MAY_FOLLOW)."""
+
+    messages: tuple[Message, ...]
+    task: str = ""
+    source: str = ""
+    lang: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A row that was not used. `line` is its number in the file, from 1 (in `.jsonl`, the line)."""
+
+    file: str
+    line: int
+    reason: str
+
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+# Some templates could write more (a greeting by the assistant, two users in a row); this is what
+# nearly all can, so that a row good for one model is good for the next.
+_MAY_FOLLOW: dict[str, tuple[Role, ...]] = {
+    "the start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {kind_of(value)}, expected text")
+    if not value.strip():
+        raise ValueError(f"{where} is empty")
+    return value
+
+
+def _optional(row: Mapping[str, Any], field: str) -> str:
+    """The text of a field that may be missing or empty."""
+    value = row.get(field)
+    return "" if value is None or value == "" else _text(value, f"'{field}'")
+
+
+def _message(value: object, number: int) -> Message:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"message {number} is {kind_of(value)}, expected an object")
+    role_key, text_key = ("from", "value") if "from" in value else ("role", "content")
+    role = value.get(role_key)
+    if not isinstance(role, str):
+        raise ValueError(f"message {number}: '{role_key}' is {kind_of(role)}, expected text")
+    if role not in _ROLES:
+        raise ValueError(
+            f"message {number}: unknown role {role[:40]!r}, expected one of {', '.join(_ROLES)}"
+        )
+    # Both change what is trained; to read past them would train something else than the row says.
+    if value.get("tool_calls"):
+        raise ValueError(
+            f"message {number} has 'tool_calls': write the call into '{text_key}' as text"
+        )
+    if value.get("weight") not in (None, 1):
+        raise ValueError(
+            f"message {number} has a 'weight' other than 1: weights of messages are not supported"
+        )
+    return Message(_ROLES[role], _text(value.get(text_key), f"message {number}: '{text_key}'"))
+
+
+def _messages(row: Mapping[str, Any], field: str) -> list[Message]:
+    values = row.get(field)
+    if not isinstance(values, list):
+        raise ValueError(f"'{field}' is {kind_of(values)}, expected a list of messages")
+    return [_message(value, number) for number, value in enumerate(values, 1)]
+
+
+def _conversation(row: Mapping[str, Any], messages: Sequence[Message]) -> Conversation:
+    if all(message.role != "assistant" for message in messages):
+        raise ValueError("no assistant turn, so nothing to train on")
+    previous = "the start"
+    for number, message in enumerate(messages, 1):
+        if message.role not in _MAY_FOLLOW[previous]:
+            expected = " or ".join(_MAY_FOLLOW[previous])
+            raise ValueError(
+                f"message {number} is '{message.role}' after {previous}, expected {expected}"
+            )
+        previous = message.role
+    if sum(len(message.content) for message in messages) > MAX_ROW_BYTES:
+        raise ValueError(f"longer than {MAX_ROW_BYTES >> 20} MiB")
+    task, source, lang = (
+        value if isinstance(value := row.get(field), str) else ""
+        for field in ("task", "source", "lang")
+    )
+    return Conversation(tuple(messages), task, source, lang)
+
+
+def _from_messages(row: Mapping[str, Any]) -> Conversation:
+    return _conversation(row, _messages(row, "messages"))
+
+
+def _from_sharegpt(row: Mapping[str, Any]) -> Conversation:
+    system = _optional(row, "system")
+    messages = _messages(row, "conversations")
+    return _conversation(row, [Message("system", system), *messages] if system else messages)
+
+
+def _from_alpaca(row: Mapping[str, Any]) -> Conversation:
+    messages: list[Message] = []
+    if system := _optional(row, "system"):
+        messages.append(Message("system", system))
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError(f"'history' is {kind_of(history)}, expected a list of [question, answer]")
+    for number, turn in enumerate(history, 1):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise ValueError(f"turn {number} of 'history' is not a [question, answer] pair")
+        messages.append(
+            Message("user", _text(turn[0], f"the question in turn {number} of 'history'"))
+        )
+        messages.append(
+            Message("assistant", _text(turn[1], f"the answer in turn {number} of 'history'"))
+        )
+    question = _text(row.get("instruction"), "'instruction'")
+    if extra := _optional(row, "input"):
+        question = f"{question}\n{extra}"
+    messages.append(Message("user", question))
+    messages.append(Message("assistant", _text(row.get("output"), "'output'")))
+    return _conversation(row, messages)
+
+
+def _from_prompt_completion(row: Mapping[str, Any]) -> Conversation:
+    messages = [Message("system", system)] if (system := _optional(row, "system")) else []
+    messages.append(Message("user", _text(row.get("prompt"), "'prompt'")))
+    messages.append(Message("assistant", _text(row.get("completion"), "'completion'")))
+    return _conversation(row, messages)
+
+
+FORMATS: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+}
+_FIELDS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+}
+
+
+def recognise(row: Mapping[str, Any]) -> str:
+    """The name of the first format whose fields the row has.
+
+    Null counts as absent, because tables fill up with nulls. Raises ValueError, naming the fields
+    found and the known formats, where none fits.
+    """
+    for name, fields in _FIELDS.items():
+        if all(row.get(field) is not None for field in fields):
+            return name
+    found = ", ".join(sorted(str(key)[:40] for key, value in row.items() if value is not None)[:20])
+    known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields in _FIELDS.items())
+    raise ValueError(
+        f"unknown format: found the fields {found or '(none)'}; known formats: {known}"
+    )
+
+
+def read_sources(
+    sources: Sequence[Source], format: str = "auto"
+) -> Iterator[tuple[Source, int, Conversation | Reject]]:
+    """Every row of the sources, in order, with where it stands. Raises as `read_conversations`."""
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(f"unknown data format {format!r}: expected auto, {', '.join(FORMATS)}")
+    for source in sources:
+        for number, row in read_rows(source):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                found = FORMATS[recognise(row) if format == "auto" else format](row)
+                yield source, number, found if found.source else replace(found, source=source.label)
+            except ValueError as error:
+                yield source, number, Reject(source.name, number, str(error))
+
+
+def read_conversations(
+    paths: Sequence[str], format: str = "auto"
+) -> Iterator[Conversation | Reject]:
+    """Every row behind the paths, in order, as a conversation or a reject.
+
+    `find_sources` says what a path may be. `format` is a key of FORMATS, or "auto": each row is
+    recognised by its fields. Rows without a `source` get the file's name without its suffix.
+
+    Raises FileNotFoundError (nothing at a path) and ValueError (unknown format, unreadable file,
+    hub error).
+    """
+    for _, _, row in read_sources(find_sources(paths), format):
+        yield row
