@@ -1,0 +1,164 @@
+"""The command line: slap-ds train | preview | export | generate | compare | doctor.
+
+A mistake of the user's is one line on stderr and exit status 1, never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from slap_ds import __version__
+
+_OVERRIDES = "then any setting of the file, such as --selection.keep 0.8"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 0, or 1 after an error, or 2 for wrong usage."""
+    # The deepspeed launcher puts --local_rank=N before the arguments; the environment has it too.
+    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not _local_rank(a)]
+    parser = _parser()
+    options, rest = parser.parse_known_args(given)
+    if rest and not getattr(options, "takes_overrides", False):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    run: Callable[[argparse.Namespace, list[str]], None] = options.run
+    try:
+        run(options, rest)
+    except (ValueError, FileNotFoundError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted")
+    except Exception as error:
+        from slap_ds.comm import RankDisagreement
+        from slap_ds.trainer import OtherRankFailed
+
+        if isinstance(error, OtherRankFailed):
+            sys.exit(1)
+        if isinstance(error, RankDisagreement):
+            _fail(str(error), every_rank=True)
+        raise
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from slap_ds.config import read_config
+
+    config = read_config(options.config, rest)
+    from slap_ds import trainer
+    from slap_ds.engine import stop_ranks
+
+    if options.dry_run:
+        console = Console()
+        for name, value in trainer.dry_run(config).items():
+            console.print(f"{name:>22}  {value}", highlight=False)
+        return
+    trainer.train(trainer.prepare(config))
+    stop_ranks()
+
+
+def _preview(options: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from slap_ds.config import read_config
+    from slap_ds.data.preview import preview
+    from slap_ds.trainer import read_inputs
+
+    config = read_config(options.config, rest)
+    inputs = read_inputs(config)
+    preview(inputs.train, inputs.tokenizer, options.count, Console())
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> None:
+    from slap_ds.export import export
+
+    out = export(Path(options.run_dir), Path(options.out or Path(options.run_dir) / "model"))
+    print(f"wrote {out}")
+
+
+def _generate(options: argparse.Namespace, rest: list[str]) -> None:
+    from slap_ds.export import Answerer
+
+    if not (Path(options.model) / "config.json").is_file():
+        raise FileNotFoundError(f"no exported model at {options.model!r}: run slap-ds export first")
+    answer = Answerer(Path(options.model))
+    for prompt in options.prompt:
+        print(f"user: {prompt}\nassistant: {answer(prompt, options.max_new_tokens)}")
+
+
+def _compare(options: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from slap_ds.report import compare
+
+    compare([Path(run_dir) for run_dir in options.run_dirs], Console())
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
+    import torch
+
+    from slap_ds.ops import active_path
+
+    path, why = active_path()
+    print(f"slap_ds {__version__}, torch {torch.__version__}")
+    print(f"farthest-point op: {path} ({why})")
+
+
+def _settings(options: argparse.Namespace, rest: list[str]) -> None:
+    from slap_ds.config import config_keys
+
+    for key, text in config_keys():
+        print(f"{key}\n    {text}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="slap-ds", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"slap-ds {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model", epilog=_OVERRIDES)
+    train.add_argument("config", help="YAML file; `slap-ds settings` lists what it may hold")
+    train.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    train.set_defaults(run=_train, takes_overrides=True)
+
+    preview = commands.add_parser("preview", help="show the first samples", epilog=_OVERRIDES)
+    preview.add_argument("config")
+    preview.add_argument("--count", type=int, default=3, help="how many samples (default 3)")
+    preview.set_defaults(run=_preview, takes_overrides=True)
+
+    export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
+    export.add_argument("run_dir")
+    export.add_argument("--out", help="target folder (default RUN_DIR/model)")
+    export.set_defaults(run=_export)
+
+    generate = commands.add_parser("generate", help="answer prompts with an exported model")
+    generate.add_argument("model")
+    generate.add_argument("prompt", nargs="+")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.set_defaults(run=_generate)
+
+    compare = commands.add_parser("compare", help="runs side by side")
+    compare.add_argument("run_dirs", nargs="+")
+    compare.set_defaults(run=_compare)
+
+    doctor = commands.add_parser("doctor", help="what this machine gives slap_ds")
+    doctor.set_defaults(run=_doctor)
+
+    settings = commands.add_parser("settings", help="every setting of a config file, explained")
+    settings.set_defaults(run=_settings)
+    return parser
+
+
+def _local_rank(argument: str) -> bool:
+    return argument.startswith(("--local_rank=", "--local-rank="))
+
+
+def _fail(message: str, every_rank: bool = False) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or every_rank:
+        where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"slap-ds: error{where}: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)

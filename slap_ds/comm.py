@@ -1,0 +1,187 @@
+"""What the ranks tell each other: scores in, picks out, and proof that they agree.
+
+    gather(local scores) -> scores of the whole candidate batch, in candidate order, on every rank
+    broadcast_picks(selection of rank 0) -> the same selection on every rank, hash compared
+
+Every exchange carries a stamp of step and phase. torch pairs collectives by order alone: a rank
+that skips one would go on, one step behind, without an error. The stamp makes that an error that
+names the ranks. On one rank everything here is the identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slap_ds.scoring import Scores
+from slap_ds.selection import Selection
+
+
+class RankDisagreement(RuntimeError):
+    """Ranks hold different values where they must hold the same, or are at different steps."""
+
+
+@dataclass
+class Comm:
+    """This rank's line to the others. `device` is where collectives run (CPU for gloo)."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+    bytes_sent: int = 0  # payload this rank has put into collectives, for the metrics
+
+    def exchange(self, step: int, phase: str, values: Sequence[int]) -> np.ndarray:
+        """All-gather a few integers: returns (world, len(values)) int64.
+
+        Raises:
+            RankDisagreement: some rank is at another step or phase.
+        """
+        mine = torch.tensor([step, _code(phase), *values], dtype=torch.int64)
+        table = self._all_gather(mine).numpy()
+        self._check_stamps(table[:, :2], step, phase)
+        return table[:, 2:]
+
+    def agree(self, step: int, phase: str, text: str) -> None:
+        """Check that every rank holds the same `text` (a hash, a fingerprint).
+
+        Raises:
+            RankDisagreement: naming the ranks that differ from rank 0.
+        """
+        digest = hashlib.sha256(text.encode()).digest()[:8]
+        seen = self.exchange(step, phase, [int.from_bytes(digest, "little", signed=True)])[:, 0]
+        if (odd := (seen != seen[0]).nonzero()[0]).size:
+            raise RankDisagreement(
+                f"step {step}: {phase} differs between rank 0 and ranks {odd.tolist()}; they must "
+                "be the same on every rank"
+            )
+
+    def barrier(self, step: int, phase: str) -> None:
+        """Wait for all ranks."""
+        self.exchange(step, phase, [])
+
+    def sum(self, step: int, phase: str, values: Sequence[float]) -> list[float]:
+        """Sum of each value over the ranks, in float64, added in rank order on every rank."""
+        bits = np.asarray(values, dtype=np.float64).view(np.int64).tolist()
+        table = self.exchange(step, phase, bits)
+        return [float(x) for x in np.ascontiguousarray(table).view(np.float64).sum(0)]
+
+    def gather(self, step: int, local: Scores, candidates: int) -> Scores:
+        """Scores of all `candidates` N candidates, in candidate order, the same on every rank.
+
+        Payloads are bytes in one collective: losses stay float32 and positions int64, exactly.
+
+        Args:
+            local: this rank's share; `positions` of all ranks together are 0..N-1.
+
+        Raises:
+            RankDisagreement: a rank is at another step, or the shares do not make up the batch.
+        """
+        counts = self.exchange(step, "gather sizes", [len(local.positions)])[:, 0]
+        width = 0 if local.gradient is None else local.gradient.shape[1]
+        parts = [local.positions, local.tokens, local.loss.float()]
+        if local.gradient is not None:
+            parts.append(local.gradient.float())
+        if local.diagonal is not None:
+            parts.append(local.diagonal.float())
+        mine = torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
+        room = int(counts.max()) * (8 + 8 + 4 + 4 * width)
+        room += 4 * len(local.diagonal) if local.diagonal is not None else 0
+        padded = torch.zeros(room, dtype=torch.uint8, device=mine.device)
+        padded[: len(mine)] = mine
+        table = self._all_gather(padded)
+        shares = [_unpack(row, int(n), width, local) for row, n in zip(table, counts, strict=True)]
+        positions = torch.cat([share.positions for share in shares])
+        order = torch.argsort(positions)
+        if not torch.equal(positions[order].cpu(), torch.arange(candidates)):
+            raise RankDisagreement(
+                f"step {step}: the gathered shares hold {len(positions)} candidates "
+                f"({counts.tolist()} by rank), not each of the {candidates} once"
+            )
+        diagonal = None
+        if local.diagonal is not None:
+            diagonals = [share.diagonal for share in shares if share.diagonal is not None]
+            diagonal = torch.stack(diagonals).double().sum(0)
+        gradients = [share.gradient for share in shares if share.gradient is not None]
+        return Scores(
+            positions=positions[order],
+            loss=torch.cat([share.loss for share in shares])[order],
+            tokens=torch.cat([share.tokens for share in shares])[order],
+            gradient=torch.cat(gradients)[order] if gradients else None,
+            diagonal=diagonal,
+        )
+
+    def broadcast_picks(self, step: int, selection: Selection | None) -> Selection:
+        """Rank 0's selection, on every rank; the others pass None.
+
+        Raises:
+            RankDisagreement: the ranks do not hold the same picks afterwards.
+        """
+        if self.world == 1:
+            assert selection is not None
+            return selection
+        size = self.exchange(step, "picks", [0 if selection is None else len(selection.picks)])
+        count = int(size[0, 0])
+        payload = torch.empty(count * 12, dtype=torch.uint8)
+        if selection is not None:
+            picks, weights = selection.picks.contiguous(), selection.weights.contiguous()
+            payload = torch.cat([picks.view(torch.uint8), weights.view(torch.uint8)])
+        payload = payload.to(self.device)
+        dist.broadcast(payload, src=0)
+        payload = payload.cpu()
+        self.bytes_sent += payload.numel()
+        received = Selection(
+            picks=payload[: count * 8].view(torch.int64),
+            weights=payload[count * 8 :].view(torch.float32),
+            stats={} if selection is None else selection.stats,
+        )
+        self.agree(step, "the hash of the picks", hashlib.sha256(payload.numpy()).hexdigest())
+        return received
+
+    def _all_gather(self, mine: Tensor) -> Tensor:
+        """(n,) -> (world, n), on the CPU for CPU tensors and on `device` otherwise."""
+        if self.world == 1:
+            return mine[None]
+        sent = mine.to(self.device)
+        table = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.device)
+        dist.all_gather_into_tensor(table.view(-1), sent)
+        self.bytes_sent += sent.numel() * sent.element_size()
+        return table.to(mine.device)
+
+    def _check_stamps(self, stamps: np.ndarray, step: int, phase: str) -> None:
+        odd = (stamps != stamps[self.rank]).any(1).nonzero()[0]
+        if odd.size:
+            where = ", ".join(f"rank {r} at step {stamps[r, 0]}" for r in odd)
+            raise RankDisagreement(
+                f"rank {self.rank} is at step {step}, {phase!r}, but {where} or in another phase: "
+                "a collective was skipped or reordered"
+            )
+
+
+def _code(phase: str) -> int:
+    return zlib.crc32(phase.encode())
+
+
+def _unpack(row: Tensor, n: int, width: int, like: Scores) -> Scores:
+    """Undo `gather`'s byte layout for one rank's row."""
+    sizes = [8 * n, 8 * n, 4 * n, 4 * n * width]
+    sizes.append(0 if like.diagonal is None else 4 * len(like.diagonal))
+    positions, tokens, loss, gradient, diagonal = row[: sum(sizes)].split(sizes)
+    return Scores(
+        positions=_as(positions, torch.int64),
+        loss=_as(loss, torch.float32),
+        tokens=_as(tokens, torch.int64),
+        gradient=None if like.gradient is None else _as(gradient, torch.float32).view(n, width),
+        diagonal=None if like.diagonal is None else _as(diagonal, torch.float32),
+    )
+
+
+def _as(data: Tensor, dtype: torch.dtype) -> Tensor:
+    # A view needs its offset aligned to the new dtype; a copy always is.
+    return data.clone().view(dtype)

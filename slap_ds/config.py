@@ -1,0 +1,371 @@
+"""The run's configuration: YAML + dotted command-line overrides -> one validated, frozen `Config`.
+
+    read_config("configs/demo.yaml", ["--selection.keep", "0.6"])
+
+Every mistake is reported at once, by its dotted key, with a suggestion where one is near. The
+DeepSpeed JSON stays a file of its own; `resolve_deepspeed` fills its "auto" values from here and
+collects every mismatch into one error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """A Hugging Face model folder or hub name to start from."""
+    config: dict[str, Any] | None = None
+    """Instead of `path`: fields of a transformers config (with `model_type`) to start fresh from."""
+    tokenizer: str | None = None
+    """Tokenizer folder, hub name or tokenizer.json; default: `path`. `builtin:demo` ships here."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype the model computes in; the optimizer keeps float32 master weights."""
+    attention: str = "sdpa"
+    """transformers' attention implementation: sdpa, eager, flex_attention, flash_attention_2."""
+    gradient_checkpointing: bool = True
+    """Keep only block inputs in the forward and recompute the rest in the backward."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of model.path and model.config")
+        if self.path is None and self.tokenizer is None:
+            raise ValueError("model.config needs model.tokenizer as well")
+        return self
+
+
+class DataConfig(Section):
+    train: list[str] = Field(min_length=1)
+    """Training files, folders, globs or hub names; `builtin:demo/train` ships in the package."""
+    eval: list[str] = []
+    """Evaluation files, the same kinds."""
+    format: str = "auto"
+    """messages, sharegpt, alpaca, prompt_completion; auto recognises each row by its fields."""
+    template: str = "auto"
+    """Conversation template: a built-in name, or auto for the tokenizer's own chat template."""
+    max_tokens: int = Field(1024, ge=2)
+    """Longest sample, in tokens."""
+    over_length: Literal["truncate", "drop"] = "truncate"
+    """What happens to a longer one: its end is cut off, or it is left out (counted either way)."""
+    max_reject_share: float = Field(0.1, ge=0, le=1)
+    """More bad rows than this share of all stop the run; below it they go to rejects.jsonl."""
+    cache_dir: str | None = None
+    """Tokenised data live here; default: $SLAP_CACHE_DIR, else ~/.cache/slap_ds."""
+
+
+class BatchConfig(Section):
+    candidates: int = Field(64, ge=1)
+    """N: candidates drawn for one optimizer step, over all ranks."""
+    micro_batch_tokens: int = Field(2048, ge=2)
+    """Tokens of one packed row, the unit of a forward and backward."""
+    score_micro_batch_tokens: int | None = Field(None, ge=2)
+    """Tokens of one packed row in scoring, where no graph is kept; default: the same."""
+
+
+class SelectionConfig(Section):
+    method: str = "slap"
+    """The selector, a key of slap_ds.selection.SELECTORS: slap, random, hard, full."""
+    keep: float = Field(0.6, gt=0, le=1)
+    """Keep ratio M / N in (0, 1]; the pruning rate is 1 - keep."""
+    warmup: float = Field(0.0, ge=0, le=1)
+    """Share of the steps, at the start, that train all candidates."""
+    cooldown: float = Field(0.0, ge=0, le=1)
+    """Share of the steps, at the end, that train all candidates."""
+    strata: int = Field(4, ge=1)
+    """K: number of loss strata."""
+    strata_by: Literal["quantile", "width"] = "quantile"
+    """Equal counts, or equal loss ranges between the smallest and the largest loss."""
+    budgets: Literal["sampled", "expected"] = "sampled"
+    """Budget per stratum: counted from a Gumbel top-M draw, or its expectation rounded."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the losses in softmax(loss / temperature); nats per token."""
+    across_strata: bool = True
+    """Measure distances to the picks of earlier strata too."""
+
+
+class ScoringConfig(Section):
+    sketch: Literal["head_input"] = "head_input"
+    """What stands for a sample's gradient; head_input: the mean over its response tokens."""
+    curvature: Literal["exact_head", "none"] = "exact_head"
+    """Diagonal of the Hessian that preconditions the sketch; exact_head: in closed form."""
+    curvature_decay: float = Field(0.9, ge=0, lt=1)
+    """Decay of the curvature's bias-corrected moving average over steps."""
+    curvature_power: float = Field(1.0, ge=0)
+    """Exponent of the curvature in the preconditioner."""
+    curvature_floor: float = Field(1e-3, gt=0)
+    """Smallest curvature, as a share of its mean over dimensions; keeps the division bounded."""
+    chunk_tokens: int = Field(256, ge=1)
+    """Tokens whose logits are held at once: peak extra memory is chunk_tokens * V values."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(2e-5, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """The cosine ends at this share of the peak learning rate."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradient clipping by global norm; 0: off."""
+
+
+class EngineConfig(Section):
+    kind: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed, or torch: one process, plain PyTorch, for tests and debugging."""
+    deepspeed: str | None = None
+    """DeepSpeed JSON with "auto" values; default: the ZeRO-3 one that ships in the package."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds after which a collective that hangs is an error."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: only after the last step."""
+    keep_last: int = Field(2, ge=1)
+    """How many checkpoints stay on disk."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: from the newest checkpoint of run_dir if there is one; never: refuse a used run_dir;
+    must: refuse to start without a checkpoint."""
+
+
+class EvaluationConfig(Section):
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only before the first step and after the last."""
+    max_samples: int | None = Field(None, ge=1)
+    """Evaluate on a fixed random subset of this size; default: all."""
+
+
+class Config(Section):
+    run_dir: str
+    """Folder of this run: resolved config, metrics, picks, checkpoints."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; each draws batch.candidates candidates."""
+    epochs: float | None = Field(None, gt=0)
+    """Instead of steps: passes over the candidates."""
+    seed: int = Field(0, ge=0)
+    """Seed of the order of candidates, of selection and of fresh weights."""
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    selection: SelectionConfig = SelectionConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("run_dir")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("run_dir is empty")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        rows = {
+            "batch.micro_batch_tokens": self.batch.micro_batch_tokens,
+            "batch.score_micro_batch_tokens": self.score_row_tokens,
+        }
+        for key, tokens in rows.items():
+            if tokens < self.data.max_tokens:
+                raise ValueError(
+                    f"{key} is {tokens}, less than data.max_tokens {self.data.max_tokens}: "
+                    "a sample must fit into one row"
+                )
+        if self.selection.warmup + self.selection.cooldown > 1:
+            raise ValueError("selection.warmup + selection.cooldown exceed 1")
+        return self
+
+    @property
+    def score_row_tokens(self) -> int:
+        return self.batch.score_micro_batch_tokens or self.batch.micro_batch_tokens
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The validated configuration of a YAML file with `--section.key value` overrides.
+
+    Raises:
+        ValueError: listing every mistake found, one per line, by dotted key.
+        FileNotFoundError: no such file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no config file at {path!r}")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}, expected a mapping of sections")
+    for key, value in _parse_overrides(overrides):
+        _set_dotted(raw, key, value)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+        raise ValueError(f"{path}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, description with its default) of every setting, in reading order."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from config_keys(inner, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            yield f"{prefix}{name}", f"{field.description or ''} ({default})".strip()
+
+
+def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """`--a.b value` and `--a.b=value`; values are YAML, so `[a, b]`, `null` and `1e-4` work."""
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or len(flag) == 2:
+            raise ValueError(f"expected an override such as --selection.keep 0.6, found {flag!r}")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{key} has no value after it")
+            text = rest.pop(0)
+        try:
+            yield key.replace("-", "_"), yaml.safe_load(text)
+        except yaml.YAMLError:
+            yield key.replace("-", "_"), text
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = tree.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise ValueError(f"--{key}: {parent!r} is a single value, not a section")
+        tree = below
+    tree[last] = value
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        known = list(_section_fields(error["loc"][:-1]))
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing, and it has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and (len(error["loc"]) < 2):
+        return message if not error["loc"] else f"{key}: {message}"
+    return f"{key}: {message} (found {error['input']!r})"
+
+
+def _section_fields(location: Sequence[Any]) -> Iterator[str]:
+    model: Any = Config
+    for part in location:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = field.annotation if field is not None else None
+        if get_origin(model) in (Union, types.UnionType):
+            model = next((a for a in get_args(model) if hasattr(a, "model_fields")), None)
+    yield from getattr(model, "model_fields", ())
+
+
+def write_config(config: Config, path: Path) -> None:
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+DEFAULT_DEEPSPEED = Path(__file__).parent / "zero3.json"
+
+
+def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration with every "auto" filled in.
+
+    One packed row is DeepSpeed's micro-batch of 1; how many rows a step takes varies, so the
+    accumulation boundary is set by us and gradient_accumulation_steps stays 1.
+
+    Raises:
+        ValueError: the file is missing or not JSON, or a value of it contradicts `config`; every
+            contradiction is listed.
+    """
+    path = Path(config.engine.deepspeed) if config.engine.deepspeed else DEFAULT_DEEPSPEED
+    if not path.is_file():
+        raise FileNotFoundError(f"engine.deepspeed: no file at {str(path)!r}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"engine.deepspeed: {path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"engine.deepspeed: {path} holds no JSON object")
+    zero = settings.setdefault("zero_optimization", {})
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16.enabled": config.model.dtype == "bfloat16",
+        "fp16.enabled": False,
+    }
+    sizes: dict[str, Any] = {
+        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    problems = []
+    for key, value in {**ours, **sizes}.items():
+        found = _get_dotted(settings, key)
+        if found is None and key in sizes:
+            continue
+        if found is None or found == "auto":
+            _set_dotted(settings, key, value)
+        elif key in ours and found != value:
+            problems.append(f"{key} is {found!r}, this run needs {value!r} (or \"auto\")")
+    if "optimizer" in settings or "scheduler" in settings:
+        problems.append("optimizer and scheduler belong into the run's YAML (optimizer section)")
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        problems.append(f"zero_optimization.stage is {zero.get('stage')!r}, expected 0, 1, 2 or 3")
+    problems += [f"{key} is \"auto\", which is not known here" for key in _autos(settings)]
+    if problems:
+        raise ValueError(f"engine.deepspeed: {path}\n" + "\n".join(f"  {p}" for p in problems))
+    return settings
+
+
+def _get_dotted(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return None
+        tree = tree[part]
+    return tree
+
+
+def _autos(tree: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            yield f"{prefix}{key}"

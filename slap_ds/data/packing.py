@@ -1,0 +1,128 @@
+"""Packed rows: candidates dealt out over ranks, then laid end to end in rows without padding.
+
+    deal(lengths, world) -> which positions of the candidate batch each rank takes
+    pack(samples, row_tokens) -> PackedRow, PackedRow, ...
+
+A row restarts `position_ids` at every sample, which is what keeps samples from seeing each other
+in transformers' attention (no attention mask, no cache).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Positions = npt.NDArray[np.int64]
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One micro-batch: n samples in a row of T tokens."""
+
+    input_ids: Tensor  # (1, T) int64
+    position_ids: Tensor  # (1, T) int64, restarting at 0 with every sample
+    targets: Tensor  # (T,) int64: the next token where it is trained, else IGNORE
+    sample: Tensor  # (T,) int64 in [0, n): which sample of this row a token belongs to
+    positions: Tensor  # (n,) int64: each sample's position in the candidate batch
+    weights: Tensor  # (n,) float32: each sample's weight in the loss
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> PackedRow:
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sample on its way into a row."""
+
+    position: int  # in the candidate batch
+    ids: npt.NDArray[np.integer]  # (len,) token ids
+    mask: npt.NDArray[np.bool_]  # (len,) True where the token is trained
+    weight: float = 1.0
+
+
+def deal(lengths: Sequence[int] | Positions, world: int) -> list[Positions]:
+    """Split positions 0..n-1 over `world` ranks so that their token counts balance.
+
+    Longest first, each to the rank with the fewest tokens so far (Graham's LPT rule: the busiest
+    rank stays within 4/3 of the optimum). Ties go to the lower position and the lower rank, so
+    every rank computes the same split.
+
+    Returns: `world` ascending (n_r,) int64 arrays; a rank's may be empty.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    shares: list[list[int]] = [[] for _ in range(world)]
+    load = [(0, rank) for rank in range(world)]
+    for position in np.lexsort((np.arange(len(lengths)), -lengths)):
+        tokens, rank = heapq.heappop(load)
+        shares[rank].append(int(position))
+        heapq.heappush(load, (tokens + int(lengths[position]), rank))
+    return [np.sort(np.asarray(share, dtype=np.int64)) for share in shares]
+
+
+def pack(candidates: Sequence[Candidate], row_tokens: int) -> list[PackedRow]:
+    """Lay candidates into rows of at most `row_tokens` tokens, first fit, longest first.
+
+    Raises:
+        ValueError: a candidate is longer than a row.
+    """
+    order = sorted(candidates, key=lambda c: (-len(c.ids), c.position))
+    rows: list[list[Candidate]] = []
+    free: list[int] = []
+    for candidate in order:
+        need = len(candidate.ids)
+        if need > row_tokens:
+            raise ValueError(
+                f"a sample of {need} tokens does not fit into a row of {row_tokens}: raise "
+                "batch.micro_batch_tokens or lower data.max_tokens"
+            )
+        slot = next((i for i, room in enumerate(free) if room >= need), len(rows))
+        if slot == len(rows):
+            rows.append([])
+            free.append(row_tokens)
+        rows[slot].append(candidate)
+        free[slot] -= need
+    return [make_row(sorted(row, key=lambda c: c.position)) for row in rows]
+
+
+def make_row(samples: Sequence[Candidate]) -> PackedRow:
+    """One row of `samples` in the given order."""
+    targets = []
+    for sample in samples:
+        # A token is predicted from the one before it; the last token of a sample predicts nothing.
+        trained = np.where(sample.mask[1:], sample.ids[1:], IGNORE)
+        targets.append(np.append(trained, IGNORE))
+    lengths = [len(sample.ids) for sample in samples]
+    return PackedRow(
+        input_ids=_int64(np.concatenate([s.ids for s in samples]))[None],
+        position_ids=_int64(np.concatenate([np.arange(n) for n in lengths]))[None],
+        targets=_int64(np.concatenate(targets)),
+        sample=_int64(np.repeat(np.arange(len(samples)), lengths)),
+        positions=torch.tensor([s.position for s in samples], dtype=torch.int64),
+        weights=torch.tensor([s.weight for s in samples], dtype=torch.float32),
+    )
+
+
+def empty_row() -> PackedRow:
+    """A row without samples: one token that trains nothing.
+
+    Under ZeRO-3 every forward is a collective; a rank that runs out of samples runs this instead.
+    """
+    zero = torch.zeros(1, dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int64)
+    return PackedRow(zero[None], zero[None], zero + IGNORE, zero, none, none.float())
+
+
+def _int64(array: npt.NDArray[np.integer]) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))

@@ -1,0 +1,80 @@
+"""From a run's newest checkpoint to a Hugging Face folder, and an answer from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slap_ds import checkpoint as checkpoints
+from slap_ds.config import Config
+from slap_ds.data.formats import Message
+from slap_ds.data.templates import Template, make_template
+from slap_ds.engine import whole_weights
+from slap_ds.models.load import DTYPES, load_config, load_tokenizer
+
+
+def export(run_dir: Path, out: Path) -> Path:
+    """Write weights (safetensors), config, tokenizer and chat template of a run into `out`.
+
+    Raises:
+        FileNotFoundError: the run has no whole checkpoint.
+        ValueError: the checkpoint's weights do not fit its config.
+    """
+    found = checkpoints.find(run_dir)
+    if not found:
+        raise FileNotFoundError(f"{str(run_dir)!r} holds no whole checkpoint to export")
+    newest = found[-1]
+    config = Config.model_validate(newest.manifest["config"])
+    model_config = load_config(config.model.path, config.model.config)
+    dtype = DTYPES[config.model.dtype]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    weights = {name: value.to(dtype) for name, value in whole_weights(newest.folder).items()}
+    problem = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    missing = sorted(set(problem.missing_keys) - set(getattr(model, "all_tied_weights_keys", {})))
+    if missing or problem.unexpected_keys:
+        raise ValueError(
+            f"{newest.folder} does not fit its model: missing {missing[:3]}, "
+            f"unknown {problem.unexpected_keys[:3]}"
+        )
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
+    template = make_template(config.data.template, tokenizer)
+    if template.chat_template:
+        tokenizer.chat_template = template.chat_template
+    model.generation_config.eos_token_id = list(template.stop_ids)
+    model.config.use_cache = True
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    note = {"run": run_dir.name, "step": newest.step, "template": template.name}
+    (out / "slap_ds.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+class Answerer:
+    """Greedy answers from an exported folder."""
+
+    def __init__(self, folder: Path) -> None:
+        note = folder / "slap_ds.json"
+        name = json.loads(note.read_text("utf-8"))["template"] if note.is_file() else "auto"
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.template: Template = make_template(name, self.tokenizer)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def __call__(self, prompt: str, max_new_tokens: int = 64) -> str:
+        ids = self.template.encode_prompt([Message("user", prompt)])
+        with torch.no_grad():
+            out = self.model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(self.template.stop_ids),
+                pad_token_id=self.template.stop_ids[0],
+            )
+        text: str = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        return text.strip()

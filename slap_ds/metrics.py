@@ -1,0 +1,66 @@
+"""metrics.jsonl and picks.jsonl: one JSON object a line, units in the keys, rank 0 writes.
+
+A resumed run drops the lines of steps it is going to repeat, so a file never holds a step twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """An append-only file of records that each carry a `step`."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self.path = path
+        if path.exists():
+            _keep_before(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole record; a line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _keep_before(path: Path, start_step: int) -> None:
+    kept = [record for record in read_lines(path) if record["step"] < start_step]
+    temporary = path.with_suffix(".tmp")
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Stopwatch:
+    """Seconds per phase of a step: `with watch("score"): ...` -> watch.seconds["score_s"]."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"{phase}_s"
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start

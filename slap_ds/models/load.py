@@ -1,0 +1,113 @@
+"""Models and tokenizers from folders, hub names or a bare config.
+
+Under ZeRO-3 the caller keeps transformers' `HfDeepSpeedConfig` alive while `load_model` runs;
+transformers then partitions the weights as it creates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEMO_TOKENIZER = Path(__file__).parent.parent / "data" / "demo"
+
+
+def load_tokenizer(name: str) -> Any:
+    """A fast tokenizer from a folder, a hub name, a tokenizer.json, or `builtin:demo`.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: what is there is no tokenizer.
+    """
+    path = DEMO_TOKENIZER if name == "builtin:demo" else Path(name)
+    if path.is_file():
+        try:
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        except Exception as error:
+            raise ValueError(f"model.tokenizer: {path} is no tokenizer.json: {error}") from None
+    if _looks_local(name) and not path.exists():
+        raise FileNotFoundError(f"model.tokenizer: no file or folder at {name!r}")
+    source = str(path) if path.exists() else name
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.tokenizer: no tokenizer from {name!r}: {first}") from None
+
+
+def load_config(path: str | None, fields: Mapping[str, Any] | None) -> Any:
+    """The transformers config of a model to be loaded (`path`) or made fresh (`fields`).
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_tokenizer`.
+    """
+    if path is not None:
+        if _looks_local(path) and not Path(path).exists():
+            raise FileNotFoundError(f"model.path: no model folder at {path!r}")
+        try:
+            return AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"model.path: no model from {path!r}: {first}") from None
+    assert fields is not None
+    settings = dict(fields)
+    kind = settings.pop("model_type", None)
+    if kind is None:
+        raise ValueError("model.config has no model_type (llama, glm, qwen2, mistral, ...)")
+    try:
+        return AutoConfig.for_model(kind, **settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.config: {str(error).strip().splitlines()[0]}") from None
+
+
+def check_fit(model_config: Any, tokenizer: Any, max_tokens: int) -> None:
+    """Refuse a tokenizer or sample length the model has no embeddings for.
+
+    Raises:
+        ValueError: the tokenizer's largest id does not fit into the vocabulary, or samples may be
+            longer than the model's positions.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    vocab = model_config.get_text_config().vocab_size
+    if largest >= vocab:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, the model's vocabulary ends at {vocab - 1}: "
+            f"use the model's own tokenizer, or a model.config with vocab_size > {largest}"
+        )
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_tokens > positions:
+        raise ValueError(
+            f"data.max_tokens is {max_tokens}, the model has {positions} positions: lower it"
+        )
+
+
+def load_model(
+    path: str | None, model_config: Any, *, dtype: str, attention: str, seed: int
+) -> torch.nn.Module:
+    """The causal language model, from weights (`path`) or fresh from its config.
+
+    Fresh weights depend on `seed` alone, so that every rank and world size starts the same.
+    """
+    model_config.use_cache = False
+    torch.manual_seed(seed)
+    if path is not None:
+        return AutoModelForCausalLM.from_pretrained(
+            path, config=model_config, dtype=DTYPES[dtype], attn_implementation=attention
+        )
+    return AutoModelForCausalLM.from_config(
+        model_config, dtype=DTYPES[dtype], attn_implementation=attention
+    )
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or name.endswith(".json")

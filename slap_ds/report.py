@@ -1,0 +1,74 @@
+"""Runs side by side: what each trained, what it cost, what it reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from slap_ds.metrics import read_lines
+
+
+def compare(run_dirs: Sequence[Path], console: Console) -> None:
+    """Print a table of runs: samples, tokens, FLOPs, seconds, evaluation loss per task.
+
+    Raises:
+        FileNotFoundError, ValueError: a run without metrics.
+    """
+    runs = [_summary(run_dir) for run_dir in run_dirs]
+    table = Table(title="runs side by side")
+    table.add_column("")
+    for run_dir in run_dirs:
+        table.add_column(run_dir.name, justify="right")
+    if len(runs) > 1:
+        table.add_column(f"{run_dirs[0].name} / {run_dirs[-1].name}", justify="right")
+    for name in runs[0]:
+        values = [run.get(name) for run in runs]
+        cells = [_show(name, value) for value in values]
+        if len(runs) > 1:
+            first, last = values[0], values[-1]
+            cells.append(f"{first / last:.3f}" if first and last else "")
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def _summary(run_dir: Path) -> dict[str, float]:
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(run_dir)!r} is no run: it has no metrics.jsonl")
+    records = read_lines(path)
+    train = [r for r in records if r["event"] == "train"]
+    evals = [r for r in records if r["event"] == "eval"]
+    if not train:
+        raise ValueError(f"{path} holds no training step yet")
+    total: dict[str, Any] = train[-1]["total"]
+    out = {
+        "steps": float(len(train)),
+        "samples trained": total["picked"],
+        "tokens trained": total["trained_tokens"],
+        "FLOPs, scoring included": total["flops"],
+        "seconds in steps": total["step_s"],
+        "  of them scoring": total["score_s"],
+        "  of them selection": total["selection_s"],
+        "training loss, last step": train[-1]["loss"],
+    }
+    if evals:
+        if len(evals) > 1:
+            out["evaluation loss before"] = evals[0]["eval_loss"]
+        out["evaluation loss after"] = evals[-1]["eval_loss"]
+        for task, loss in sorted(evals[-1]["eval_loss_by_task"].items()):
+            out[f"  {task or 'no task'}"] = loss
+    return out
+
+
+def _show(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if "FLOPs" in name:
+        return f"{value:.3e}"
+    if "loss" in name or name.startswith("  ") and "of them" not in name:
+        return f"{value:.4f}"
+    return f"{value:,.1f}" if "seconds" in name or "of them" in name else f"{value:,.0f}"
