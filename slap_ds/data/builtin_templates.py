@@ -84,7 +84,7 @@ def _llama3(messages: Sequence[Message], prompt: bool) -> Iterator[Piece]:
 def _llama2(messages: Sequence[Message], prompt: bool) -> Iterator[Piece]:
     system = ""
     for number, message in enumerate(messages, 1):
-        # These marks are plain text to the tokenizer, so nothing but a refusal keeps a user's apart.
+        # To the tokenizer these marks are plain text: only a refusal keeps a user's own apart.
         for mark in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):
             if mark in message.content:
                 raise ValueError(f"message {number} holds {mark}, which the llama2 template uses")
