@@ -24,6 +24,10 @@ from slap_ds.scoring import Scores
 from slap_ds.selection import Selection
 
 
+# torch 2.13 renamed it and warns about the old name.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class RankDisagreement(RuntimeError):
     """Ranks hold different values where they must hold the same, or are at different steps."""
 
@@ -137,8 +141,8 @@ class Comm:
         payload = payload.cpu()
         self.bytes_sent += payload.numel()
         received = Selection(
-            picks=payload[: count * 8].view(torch.int64),
-            weights=payload[count * 8 :].view(torch.float32),
+            picks=_as(payload[: count * 8], torch.int64),
+            weights=_as(payload[count * 8 :], torch.float32),
             stats={} if selection is None else selection.stats,
         )
         self.agree(step, "the hash of the picks", hashlib.sha256(payload.numpy()).hexdigest())
@@ -150,7 +154,7 @@ class Comm:
             return mine[None]
         sent = mine.to(self.device)
         table = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.device)
-        dist.all_gather_into_tensor(table.view(-1), sent)
+        _all_gather_single(table.view(-1), sent)
         self.bytes_sent += sent.numel() * sent.element_size()
         return table.to(mine.device)
 

@@ -283,3 +283,11 @@ def write_deepspeed(engine: Engine, path: Path) -> None:
     """The DeepSpeed settings as they were used, beside the run's resolved config."""
     if isinstance(engine, DeepSpeedEngine):
         path.write_text(json.dumps(engine.settings, indent=2) + "\n", encoding="utf-8")
+
+
+def build_extensions() -> None:
+    """Compile what DeepSpeed needs on this accelerator, once, before several ranks want it."""
+    if not torch.cuda.is_available():
+        from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+
+        ShareMemCommBuilder().load(verbose=False)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,11 @@ Positions = npt.NDArray[np.int64]
 IGNORE = -100
 
 
-@dataclass(frozen=True)
-class PackedRow:
-    """One micro-batch: n samples in a row of T tokens."""
+class PackedRow(NamedTuple):
+    """One micro-batch: n samples in a row of T tokens.
+
+    A tuple, because DeepSpeed's hooks look for tensors in the inputs of modules.
+    """
 
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64, restarting at 0 with every sample
@@ -38,8 +41,7 @@ class PackedRow:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> PackedRow:
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
+        return PackedRow(*(part.to(device, non_blocking=True) for part in self))
 
 
 @dataclass(frozen=True)

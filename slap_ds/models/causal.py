@@ -128,7 +128,9 @@ def count_parameters(lm: nn.Module) -> int:
 
 def enable_checkpointing(lm: Any) -> None:
     """Recompute each block in the backward; non-reentrant, so it works without grads on inputs."""
-    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.2x renamed it and warns about the old name.
+    enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def trainable(lm: nn.Module) -> list[torch.nn.Parameter]:

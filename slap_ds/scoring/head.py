@@ -11,16 +11,17 @@ Shape letters: T tokens, n samples of the row, E model width, V vocabulary, c to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class HeadScores:
-    """Sums over a row's response tokens; the scorer divides by `tokens`."""
+class HeadScores(NamedTuple):
+    """Sums over a row's response tokens; the scorer divides by `tokens`.
+
+    A tuple, because DeepSpeed's hooks look for tensors in the outputs of modules.
+    """
 
     loss: Tensor  # (n,) nats, summed over the sample's response tokens
     tokens: Tensor  # (n,) int64, response tokens

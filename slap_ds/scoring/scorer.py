@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from slap_ds.scoring.curvature import Curvature
 from slap_ds.selection import ScoredBatch, Signal
 
 
-@dataclass(frozen=True)
-class Wants:
+class Wants(NamedTuple):
     """What the scoring forward computes beside the loss."""
 
     gradient: bool = False

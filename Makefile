@@ -1,0 +1,49 @@
+# make demo    the main job, end to end, on data that ships in the package
+# make test    install what the tests need and pass them all
+# Settings: TORCH (what to install), RANKS (default 2), PYTHON.
+
+PYTHON ?= python3
+RANKS ?= 2
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+# Without a GPU this exact version, so that no CUDA packages come along where a CPU build is served.
+TORCH ?= $(if $(filter 0,$(GPUS)),torch==2.13.0,torch>=2.11)
+BIN := .venv/bin
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
+export SLAP_CACHE_DIR ?= $(CURDIR)/.cache
+export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 0 ? n : 1 )))
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+ifeq ($(GPUS),0)
+export DS_ACCELERATOR := cpu
+endif
+
+.PHONY: demo test lint install install-test clean
+
+demo: install
+	examples/demo.sh $(RANKS)
+
+test: install-test lint
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: .venv/installed
+install-test: .venv/installed-test
+
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q "$(TORCH)" setuptools wheel
+	$(BIN)/pip install -q --no-build-isolation -e .
+	@# DeepSpeed compiles its CPU collectives at first use; two ranks doing so at once can hang.
+	$(BIN)/python -c "from slap_ds.engine import build_extensions; build_extensions()"
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv .cache build *.egg-info

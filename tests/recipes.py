@@ -1,0 +1,78 @@
+"""Small runs for tests: a tiny model saved to disk, a config around it, a run's metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slap_ds.config import Config
+from slap_ds.metrics import read_lines
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "glm": {"model_type": "glm", "head_dim": 16, "attention_bias": True},
+}
+
+
+def tiny_model(folder: Path, kind: str = "llama", **changes: Any) -> str:
+    """Fresh weights of a 2-block model on the demo vocabulary, saved as a Hugging Face folder."""
+    from slap_ds.models.load import load_config, load_model
+
+    fields = {
+        **TINY[kind],
+        "vocab_size": 2048,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "bos_token_id": 0,
+        # Larger than usual, so that ten steps move something.
+        "initializer_range": 0.1,
+        **changes,
+    }
+    model = load_model(
+        None, load_config(None, fields), dtype="float32", attention="sdpa", seed=11
+    )
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return str(folder)
+
+
+def tiny_config(path: str, run_dir: Path, **sections: Any) -> Config:
+    """Ten steps of 16 candidates; `sections` are merged over the defaults, key by key."""
+    raw: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "steps": 10,
+        "seed": 3,
+        "model": {"path": path, "tokenizer": "builtin:demo", "gradient_checkpointing": False},
+        "data": {"train": ["builtin:demo/train"], "eval": ["builtin:demo/eval"], "max_tokens": 256},
+        "batch": {"candidates": 16, "micro_batch_tokens": 384},
+        "selection": {"method": "slap", "keep": 0.6},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2, "eps": 1e-6},
+        "evaluation": {"max_samples": 8},
+    }
+    for name, value in sections.items():
+        raw[name] = {**raw[name], **value} if isinstance(value, dict) and name in raw else value
+    return Config.model_validate(raw)
+
+
+def run_config(config: Config) -> list[dict[str, Any]]:
+    """Train it in this process (a rank of a started group, or alone); returns the metrics."""
+    from slap_ds.trainer import prepare, train
+
+    torch.manual_seed(123)  # nothing may depend on the global generator
+    train(prepare(config))
+    return read_lines(Path(config.run_dir) / "metrics.jsonl")
+
+
+def losses(metrics: list[dict[str, Any]]) -> list[float]:
+    return [record["loss"] for record in metrics if record["event"] == "train"]
+
+
+def picks(run_dir: Path) -> list[list[int]]:
+    return [record["ids"] for record in read_lines(run_dir / "picks.jsonl")]
