@@ -165,7 +165,7 @@ BAD_MESSAGES = [
 
 @pytest.mark.parametrize(("messages", "reason"), BAD_MESSAGES)
 def test_bad_messages_are_refused_with_the_place(messages: object, reason: str) -> None:
-    with pytest.raises(ValueError, match=".+") as error:
+    with pytest.raises(ValueError, match=r".+") as error:
         FORMATS["messages"]({"messages": messages})
     assert reason in str(error.value)
 

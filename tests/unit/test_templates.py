@@ -1,6 +1,5 @@
 """Chat templates: ids and masks against texts written out by hand and against transformers."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,8 @@ SNIPPETS = [
 ]
 content = st.lists(
     st.one_of(
-        st.sampled_from(SNIPPETS), st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+        st.sampled_from(SNIPPETS),
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=4),
     ),
     min_size=1,
     max_size=6,
@@ -180,22 +180,21 @@ BUILT = {name: make_template(name, tokenizer) for name, tokenizer in TOKENIZERS.
 @given(talk=talks)
 def test_no_text_becomes_a_control_token(name: str, talk: tuple[Message, ...]) -> None:
     template, tokenizer = BUILT[name], TOKENIZERS[name]
-    special = {token: i for i, token in enumerate(tokenizer.all_special_tokens)}
-    special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items()}
+    special = set(tokenizer.added_tokens_decoder)
     harmless = tuple(Message(message.role, "x") for message in talk)
     encoded = template.encode(talk)
-    expected = [i for i in template.encode(harmless).ids if i in special.values()]
-    assert [i for i in encoded.ids if i in special.values()] == expected
-    turns = [message.content for message in talk if message.role == "assistant"]
-    stop = tokenizer.decode([template.stop_ids[0]])
-    for span, answer in zip(spans(encoded), turns, strict=True):
-        assert span[-1] in template.stop_ids
+    expected = [i for i in template.encode(harmless).ids if i in special]
+    assert [i for i in encoded.ids if i in special] == expected
+    answers = [message.content for message in talk if message.role == "assistant"]
+    stop = tokenizer.decode(template.stop_ids[0])
+    for span, answer in zip(spans(encoded), answers, strict=True):
         text = tokenizer.decode(span, skip_special_tokens=False)
         if name == "chatml":
             assert text == answer + stop
-        else:
-            assert text.strip() == (answer.strip() + stop if name == "llama3" else text.strip())
-            assert answer.strip() in text
+        elif name == "llama3":
+            assert text == answer.strip() + stop
+        else:  # whose decoder takes the first space off
+            assert text == f"{answer.strip()} {stop}"
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -216,7 +215,7 @@ def test_an_answer_follows_the_very_prompt_that_generation_uses(
 
 @pytest.mark.parametrize("mark", MARKS)
 def test_llama2_refuses_its_own_marks_in_a_text(mark: str) -> None:
-    with pytest.raises(ValueError, match="message 1 holds .*, which the llama2 template uses"):
+    with pytest.raises(ValueError, match=r"message 1 holds .*, which the llama2 template uses"):
         BUILT["llama2"].encode((Message("user", f"a {mark} b"), Message("assistant", "c")))
 
 
@@ -354,16 +353,15 @@ def test_auto_writes_no_date_of_today() -> None:
 def test_the_fingerprint_tells_templates_and_tokenizers_apart() -> None:
     tokenizer = byte_tokenizer(CHATML)
     before = make_template("chatml", tokenizer).fingerprint()
-    tokenizer(["a", "bcd"], padding=True, pad_to_multiple_of=8, truncation=True, max_length=2) if (
-        tokenizer.pad_token
-    ) else tokenizer(["abc"], truncation=True, max_length=2)
+    tokenizer(["abc"], truncation=True, max_length=2)
+    assert tokenizer.backend_tokenizer.truncation is not None
     assert make_template("chatml", tokenizer).fingerprint() == before
     assert make_template("chatml", byte_tokenizer(CHATML)).fingerprint() == before
     others = [
         make_template("chatml", byte_tokenizer(CHATML, MERGES)).fingerprint(),
         make_template("chatml", byte_tokenizer((*CHATML, "<x>"))).fingerprint(),
         own(TEMPLATES["chatml"].chat_template).fingerprint(),
-        own(TEMPLATES["chatml"].chat_template + " ").fingerprint(),
+        own("{# another #}" + TEMPLATES["chatml"].chat_template).fingerprint(),
         make_template("llama3", byte_tokenizer(LLAMA3)).fingerprint(),
     ]
     assert len({before, *others}) == 6
@@ -380,13 +378,13 @@ def test_real_conversations_against_transformers() -> None:
     template = make_template("chatml", tokenizer)
     auto = own(template.chat_template, tokenizer)
     files = sorted(DATA_DIR.glob("*/*.jsonl.gz"))
-    assert len(files) == len(json.loads((DATA_DIR / "manifest.json").read_text())["files"]) or files
+    assert files
     for path in files:
-        talk = real_talks(path, 100)
+        talk = real_talks(path, 60)
         expected = tokenizer.apply_chat_template([as_dicts(row) for row in talk])["input_ids"]
         found = template.encode_batch(talk)
         assert [row.ids for row in found if isinstance(row, Encoded)] == expected
-        assert auto.encode_batch(talk[:40]) == found[:40]
+        assert auto.encode_batch(talk[:15]) == found[:15]
         for row, messages in zip(found, talk, strict=True):
             assert isinstance(row, Encoded)
             answers = [m.content for m in messages if m.role == "assistant"]
