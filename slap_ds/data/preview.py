@@ -49,13 +49,11 @@ def preview(
         )
         supervised = int(sample.mask[1:].sum())
         console.print()
-        console.print(
-            Text(
-                f"sample {index + 1} of {len(store)}: {len(sample.ids)} tokens, {supervised}"
-                f" supervised; {labels}",
-                style="bold",
-            )
+        title = (
+            f"sample {index + 1} of {len(store)}: {len(sample.ids)} tokens, {supervised} supervised;"
+            f" {labels}"
         )
+        console.print(Text(title, style="bold"), soft_wrap=True)
         _print(console, "ids ", _ids(sample))
         _print(console, "text", _text(sample, tokenizer, special))
         if supervised == 0:
