@@ -50,8 +50,8 @@ def preview(
         supervised = int(sample.mask[1:].sum())
         console.print()
         title = (
-            f"sample {index + 1} of {len(store)}: {len(sample.ids)} tokens, {supervised} supervised;"
-            f" {labels}"
+            f"sample {index + 1} of {len(store)}: {len(sample.ids)} tokens,"
+            f" {supervised} supervised; {labels}"
         )
         console.print(Text(title, style="bold"), soft_wrap=True)
         _print(console, "ids ", _ids(sample))
@@ -128,7 +128,7 @@ def _print_counts(store: TokenStore, console: Console) -> None:
         "supervised tokens": counts.trained_tokens,
     }
     for name, value in lines.items():
-        console.print(Text(f"{name:30}{value:>14,}"))
+        console.print(Text(f"{name:30}{value:>14,}"), soft_wrap=True)
     if counts.rejected:
         console.print(
             Text(f"rejected rows, with reasons: {store.folder / 'rejects.jsonl'}"), soft_wrap=True
