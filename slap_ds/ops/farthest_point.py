@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slap_ds.ops import fallback
-from slap_ds.ops.plan import check
+from slap_ds.ops import fallback, native
+from slap_ds.ops.plan import Plan, check
 
 
 class FarthestPoints(NamedTuple):
@@ -76,9 +76,16 @@ def _op(
     quotas: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = check(features, budgets, strata, first, across_strata, groups, quotas)
-    picks, pick_squared, squared = fallback.farthest_point(features.cpu(), plan)
+    picks, pick_squared, squared = _select(features, plan)
     device = features.device
     return picks.to(device), pick_squared.to(device), squared.sqrt().to(device)
+
+
+def _select(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    library = native.cpu_library()
+    if isinstance(library, str):
+        return fallback.farthest_point(features.cpu(), plan)
+    return native.farthest_point_cpu(library, features.cpu(), plan)
 
 
 @_op.register_fake
@@ -100,5 +107,12 @@ def _(
 
 
 def active_path() -> tuple[str, str]:
-    """The path that CPU tensors take, and why; `slap-ds doctor` prints it."""
-    return "pytorch fallback", "the native library is not built yet"
+    """The path that features on the CPU take, and why; `slap-ds doctor` prints it."""
+    library = native.cpu_library()
+    if isinstance(library, str):
+        return "pytorch fallback", library
+    others = [path for path in native.cpu_paths(library) if path != native.auto_path(library)]
+    return (
+        f"cpu: {native.auto_path(library)}",
+        f"the fastest of this build on this processor, which also has {', '.join(others)}",
+    )

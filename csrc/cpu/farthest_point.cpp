@@ -1,0 +1,578 @@
+// Farthest-point selection on the CPU: blocked lazy greedy ("pool"), the same bits on every path.
+//
+// A round takes the `block` points that are farthest from the picks so far, runs the exact greedy
+// selection on them alone, and stops as soon as the best of them is beaten, by value and then by
+// index, by the best point outside. Distances only shrink, so until then no outside point can be
+// the greedy pick. One pass then applies all picks of the round to all points: as a blocked kernel,
+// where a pass a pick would be bound by memory.
+//
+// Parallel loops hand out panels of 32 points; a point's distance is computed by one thread in one
+// order, so the number of threads changes nothing.
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../slap_fps.h"
+#include "kernels.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace slap {
+namespace {
+
+constexpr int kMaxBlock = 1024;
+constexpr int64_t kMaxDimensions = 65536;
+// Below this many pair-dimensions (20 us of one core) a parallel region costs more than it saves.
+constexpr int64_t kParallelWork = 1 << 20;
+// The filter's fixed cost (packing, bounds) needs rows of some length to pay.
+constexpr int64_t kFilterDimensions = 32;
+// Norms above this could overflow in the filter's bound; no such pair is filtered.
+constexpr float kFilterNorm = 1e36f;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Zeroed memory on a cache line: a vector that straddles two lines costs two loads.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t size) {
+    const size_t bytes = (size * sizeof(T) + 127) / 64 * 64;
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    if (data_ == nullptr) throw std::bad_alloc();
+    std::memset(data_.get(), 0, bytes);
+  }
+  T* get() const { return data_.get(); }
+  T& operator[](size_t i) const { return data_.get()[i]; }
+
+ private:
+  std::unique_ptr<T[], Free> data_;
+};
+
+// A larger pool means fewer passes over all points and more work inside the pool: measured optima.
+int DefaultBlock(int64_t n) { return n <= 2048 ? 64 : 128; }
+
+int64_t RoundUp(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// The sign bit is clear in all of them but -1, so floats order like their bits.
+uint32_t Bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+float FromBits(int32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Larger is picked first: the larger distance, then the lower index.
+uint64_t Key(float squared, int32_t index) {
+  return static_cast<uint64_t>(Bits(squared)) << 32 | (0xffffffffu - static_cast<uint32_t>(index));
+}
+
+int32_t KeyIndex(uint64_t key) {
+  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
+}
+
+// Row-major float32 rows, each readable up to a multiple of 16 values; the padding is 0 in all rows
+// and adds fma(0, 0, acc) to a chain: nothing.
+class Rows {
+ public:
+  explicit Rows(const SlapFpsProblem& p) : stride_(RoundUp(p.d, 16)) {
+    const float* wide = static_cast<const float*>(p.features);
+    if (!p.bfloat16 && stride_ == p.d) {
+      data_ = wide;
+      return;
+    }
+    copy_ = Buffer<float>(p.n * stride_);
+    data_ = copy_.get();
+    const uint16_t* narrow = static_cast<const uint16_t*>(p.features);
+    for (int64_t i = 0; i < p.n; ++i) {
+      float* row = copy_.get() + i * stride_;
+      if (!p.bfloat16) {
+        std::memcpy(row, wide + i * p.d, p.d * sizeof(float));
+        continue;
+      }
+      uint32_t* bits = reinterpret_cast<uint32_t*>(row);
+      for (int64_t c = 0; c < p.d; ++c) bits[c] = static_cast<uint32_t>(narrow[i * p.d + c]) << 16;
+    }
+  }
+  const float* operator[](int64_t i) const { return data_ + i * stride_; }
+
+ private:
+  int64_t stride_;
+  const float* data_;
+  Buffer<float> copy_;
+};
+
+// Rows of 32-bit words, cut into chunks: what `accumulate` and `accumulate_int8` broadcast from.
+template <typename Word>
+class PickRows {
+ public:
+  PickRows(int64_t words, int most)
+      : words_(words), most_(most), data_((words + kChunk - 1) / kChunk * most * kStride) {}
+  void Set(int j, const void* row, uint32_t flip) {
+    const char* bytes = static_cast<const char*>(row);
+    for (int64_t c = 0; c < words_; c += kChunk) {
+      Word* to = data_.get() + (c / kChunk * most_ + j) * kStride;
+      std::memcpy(to, bytes + c * 4, std::min<int64_t>(kChunk, words_ - c) * 4);
+      if (flip == 0) continue;
+      uint32_t* flipped = reinterpret_cast<uint32_t*>(to);
+      for (int64_t i = 0; i < std::min<int64_t>(kChunk, words_ - c); ++i) flipped[i] ^= flip;
+    }
+  }
+  const Word* Chunk(int64_t c) const { return data_.get() + c / kChunk * most_ * kStride; }
+
+ private:
+  int64_t words_;
+  int most_;
+  Buffer<Word> data_;
+};
+
+// What one thread works in.
+struct Scratch {
+  explicit Scratch(int block) : panel(kChunk * kLanes), acc(block * kLanes), list(block * kLanes) {}
+  Buffer<uint32_t> panel;
+  Buffer<float> acc;  // (block, lanes); int32 while the filter runs
+  Buffer<uint16_t> list;
+};
+
+class Selection {
+ public:
+  Selection(const SlapFpsProblem& problem, const Kernels& kernels, int threads, int block)
+      : p_(problem),
+        kernels_(kernels),
+        threads_(threads),
+        block_(block),
+        rows_(problem),
+        squared_(problem.n, std::numeric_limits<float>::infinity()),
+        room_(problem.quotas, problem.quotas + problem.g),
+        pick_rows_(problem.d, block),
+        pairs_(static_cast<size_t>(RoundUp(block, kLanes)) * block),
+        pool_bits_(RoundUp(block, kLanes)) {
+    for (int i = 0; i < threads; ++i) scratch_.emplace_back(block);
+    if (kernels.quantise != nullptr && p_.d >= kFilterDimensions) Quantise();
+  }
+
+  void Run(int64_t* picks, float* pick_squared, float* squared) {
+    std::vector<std::vector<int32_t>> unpicked(p_.k);  // by stratum, ascending
+    for (int64_t i = 0; i < p_.n; ++i) {
+      unpicked[p_.strata == nullptr ? 0 : p_.strata[i]].push_back(static_cast<int32_t>(i));
+    }
+    std::vector<int64_t> left(p_.budgets, p_.budgets + p_.k);
+    int64_t stratum = 0;
+    for (int64_t done = 0; done < p_.m;) {
+      const bool any = left[stratum] > 0 && FindPool(unpicked[stratum], done == 0);
+      if (!any) {  // what a stratum cannot fill, the next one may
+        const int64_t spare = left[stratum];
+        left[stratum] = 0;
+        stratum = (stratum + 1) % p_.k;
+        left[stratum] += spare;
+        continue;
+      }
+      Greedy(left[stratum]);
+      for (size_t i = 0; i < new_.size(); ++i) {
+        picks[done] = new_[i];
+        pick_squared[done++] = new_squared_[i];
+        squared_[new_[i]] = -1.0f;
+      }
+      left[stratum] -= static_cast<int64_t>(new_.size());
+      std::vector<int32_t>& rest = unpicked[stratum];
+      rest.erase(std::remove_if(rest.begin(), rest.end(),
+                                [this](int32_t i) { return squared_[i] < 0.0f; }),
+                 rest.end());
+
+      targets_.clear();  // a distance of 0 cannot shrink
+      for (int64_t s = p_.across_strata ? 0 : stratum; s < (p_.across_strata ? p_.k : stratum + 1);
+           ++s) {
+        std::copy_if(unpicked[s].begin(), unpicked[s].end(), std::back_inserter(targets_),
+                     [this](int32_t i) { return squared_[i] > 0.0f; });
+      }
+      ShrinkTargets();
+    }
+    for (int64_t i = 0; i < p_.n; ++i) squared[i] = std::max(squared_[i], 0.0f);
+  }
+
+ private:
+  bool IsOpen(int32_t i) const { return p_.g == 0 || room_[p_.groups[i]] > 0; }
+
+  // Fills pool_ (ascending) with the farthest open points of a stratum and beyond_ with the key of
+  // the best point left out; false where no point is open.
+  bool FindPool(const std::vector<int32_t>& candidates, bool opening) {
+    pool_.clear();
+    beyond_ = 0;
+    if (opening) {
+      pool_.push_back(static_cast<int32_t>(p_.first));
+      return true;
+    }
+    keys_.clear();
+    for (const int32_t i : candidates) {
+      if (IsOpen(i)) keys_.push_back(Key(squared_[i], i));
+    }
+    if (static_cast<int64_t>(keys_.size()) > block_) {
+      std::nth_element(keys_.begin(), keys_.begin() + block_, keys_.end(),
+                       std::greater<uint64_t>());
+      beyond_ = keys_[block_];
+      keys_.resize(block_);
+    }
+    for (const uint64_t key : keys_) pool_.push_back(KeyIndex(key));
+    std::sort(pool_.begin(), pool_.end());
+    return !pool_.empty();
+  }
+
+  // Picks inside the pool until it is beaten from outside, a group is full, or `most` are picked.
+  void Greedy(int64_t most) {
+    const int size = static_cast<int>(pool_.size());
+    const int panels = (size + kLanes - 1) / kLanes;
+    const int32_t taken = static_cast<int32_t>(Bits(-1.0f));
+    int32_t* current = pool_bits_.get();
+    int32_t best = taken;
+    for (int j = 0; j < panels * kLanes; ++j) {
+      current[j] = j < size ? static_cast<int32_t>(Bits(squared_[pool_[j]])) : taken;
+      best = std::max(best, current[j]);
+    }
+    new_.clear();
+    new_squared_.clear();
+    // Where all distances are 0, or one pick is asked for, no distance inside the pool matters.
+    const bool flat = best == 0 || size == 1 || most == 1;
+    if (!flat) PoolDistances(panels, size);
+    while (best != taken && static_cast<int64_t>(new_.size()) < most) {
+      const int at = static_cast<int>(std::find(current, current + size, best) - current);
+      const int32_t pick = pool_[at];
+      const float value = FromBits(best);
+      if (!new_.empty() && Key(value, pick) < beyond_) break;
+      new_.push_back(pick);
+      new_squared_.push_back(value);
+      best = taken;
+      for (int q = 0; q < panels && !flat; ++q) {
+        const int32_t* row = reinterpret_cast<const int32_t*>(PoolPanel(q)) + at * kLanes;
+        int32_t* lanes = current + q * kLanes;
+        for (int lane = 0; lane < kLanes; ++lane) {
+          lanes[lane] = row[lane] < lanes[lane] ? row[lane] : lanes[lane];
+        }
+      }
+      current[at] = taken;
+      for (int j = 0; j < panels * kLanes; ++j) best = current[j] > best ? current[j] : best;
+      if (p_.g != 0 && --room_[p_.groups[pick]] == 0) break;
+    }
+  }
+
+  float* PoolPanel(int q) const { return pairs_.get() + static_cast<int64_t>(q) * kLanes * block_; }
+
+  // PoolPanel(q)[i][lane] = squared distance of pool points i and 32 q + lane. Only the upper
+  // triangle is computed: t and -t have the same square.
+  void PoolDistances(int panels, int size) {
+    for (int j = 0; j < size; ++j) pick_rows_.Set(j, rows_[pool_[j]], 0);
+    const int64_t work = static_cast<int64_t>(size) * size * p_.d / 2;
+#pragma omp parallel for num_threads(threads_) schedule(dynamic, 1) if (work > kParallelWork)
+    for (int task = 0; task < panels; ++task) {
+      const int q = panels - 1 - task;  // the longest first
+      Distances(scratch_[Thread()], pool_.data(), size, q, std::min(size, (q + 1) * kLanes),
+                PoolPanel(q));
+    }
+    for (int q = 0; q < panels; ++q) {
+      for (int i = (q + 1) * kLanes; i < size; ++i) {
+        const float* mirrored = PoolPanel(i / kLanes) + q * kLanes * kLanes + i % kLanes;
+        for (int lane = 0; lane < kLanes; ++lane) {
+          PoolPanel(q)[i * kLanes + lane] = mirrored[lane * kLanes];
+        }
+      }
+    }
+  }
+
+  // acc[j][lane] = squared distance of pick row j < count and point 32 q + lane of `points`; lanes
+  // past the end repeat the last point.
+  void Distances(Scratch& scratch, const int32_t* points, int64_t size, int64_t q, int count,
+                 float* acc) const {
+    std::memset(acc, 0, sizeof(float) * count * kLanes);
+    for (int64_t c = 0; c < p_.d; c += kChunk) {
+      const uint32_t* lanes[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const float* row = rows_[points[std::min<int64_t>(q * kLanes + lane, size - 1)]];
+        lanes[lane] = reinterpret_cast<const uint32_t*>(row + c);
+      }
+      const int words = static_cast<int>(std::min<int64_t>(kChunk, p_.d - c));
+      kernels_.pack(lanes, static_cast<int>(RoundUp(words, 16)), scratch.panel.get());
+      kernels_.accumulate(reinterpret_cast<const float*>(scratch.panel.get()), pick_rows_.Chunk(c),
+                          words, count, acc);
+    }
+  }
+
+  // Applies the round's picks to all targets.
+  void ShrinkTargets() {
+    const int count = static_cast<int>(new_.size());
+    const int64_t size = static_cast<int64_t>(targets_.size());
+    for (int j = 0; j < count; ++j) pick_rows_.Set(j, rows_[new_[j]], 0);
+    const bool filter = has_filter_ && unfiltered_rounds_ == 0;
+    unfiltered_rounds_ = std::max(0, unfiltered_rounds_ - 1);
+    if (filter) {
+      for (int j = 0; j < count; ++j) {
+        pick_q_.Set(j, q_.get() + new_[j] * q_stride_, 0x80808080u);  // unsigned + 128 to signed
+        pick_bounds_[j] = bounds_[new_[j]];
+      }
+    }
+    int64_t suspects = 0;
+#pragma omp parallel for num_threads(threads_) schedule(dynamic, 1) \
+    reduction(+ : suspects) if (size * count * p_.d > kParallelWork)
+    for (int64_t q = 0; q < (size + kLanes - 1) / kLanes; ++q) {
+      Scratch& scratch = scratch_[Thread()];
+      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, size - q * kLanes));
+      const int32_t* points = targets_.data() + q * kLanes;
+      if (filter) {
+        const int found = FindSuspects(scratch, points, lanes, count);
+        suspects += found;
+        if (found <= lanes * count / 4) {  // beyond that the tile is cheaper than the pairs
+          ShrinkSuspects(scratch, points, found);
+          continue;
+        }
+      }
+      float current[kLanes] = {};
+      for (int lane = 0; lane < lanes; ++lane) current[lane] = squared_[points[lane]];
+      Distances(scratch, targets_.data(), size, q, count, scratch.acc.get());
+      kernels_.shrink(scratch.acc.get(), count, current);
+      for (int lane = 0; lane < lanes; ++lane) squared_[points[lane]] = current[lane];
+    }
+    // On data that the bound cannot tell apart the filter is given up for a while.
+    if (filter && suspects > size * count / 6) unfiltered_rounds_ = 4;
+  }
+
+  int FindSuspects(Scratch& scratch, const int32_t* points, int lanes, int count) const {
+    LaneBounds bounds;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Quantised& q = bounds_[points[std::min(lane, lanes - 1)]];
+      const float squared = squared_[points[std::min(lane, lanes - 1)]];
+      bounds.scale[lane] = -2.0f * q.scale;
+      bounds.norm[lane] = lane < lanes ? q.norm : 1e38f;  // a missing lane is never a suspect
+      // The chain may come out below the true square by a factor of (1 - 2^-24)^(d + 3).
+      const double slack = 1.0 + (p_.d + 32) * 0x1p-24;
+      bounds.reach[lane] = static_cast<float>((__builtin_sqrt(squared) + q.rest) * slack);
+    }
+    int32_t* acc = reinterpret_cast<int32_t*>(scratch.acc.get());
+    for (int j = 0; j < count; ++j) {
+      std::fill_n(acc + j * kLanes, kLanes, pick_bounds_[j].shift);
+    }
+    const int64_t q_words = (p_.d + 3) / 4;
+    for (int64_t c = 0; c < q_words; c += kChunk) {
+      const uint32_t* rows[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const uint8_t* row = q_.get() + points[std::min(lane, lanes - 1)] * q_stride_;
+        rows[lane] = reinterpret_cast<const uint32_t*>(row) + c;
+      }
+      const int words = static_cast<int>(std::min<int64_t>(kChunk, q_words - c));
+      kernels_.pack(rows, static_cast<int>(RoundUp(words, 16)), scratch.panel.get());
+      kernels_.accumulate_int8(scratch.panel.get(), pick_q_.Chunk(c), words, count, acc);
+    }
+    return kernels_.suspects(acc, pick_bounds_.data(), count, &bounds, scratch.list.get());
+  }
+
+  void ShrinkSuspects(Scratch& scratch, const int32_t* points, int found) {
+    for (int begin = 0; begin < found; begin += kPairs) {
+      const float *a[kPairs], *b[kPairs];
+      float out[kPairs];
+      const int size = std::min(kPairs, found - begin);
+      for (int i = 0; i < kPairs; ++i) {
+        const int pair = scratch.list[begin + std::min(i, size - 1)];
+        a[i] = rows_[points[pair & (kLanes - 1)]];
+        b[i] = rows_[new_[pair >> 5]];
+      }
+      kernels_.pairs(a, b, p_.d, out);
+      for (int i = 0; i < size; ++i) {
+        float& current = squared_[points[scratch.list[begin + i] & (kLanes - 1)]];
+        current = std::min(current, out[i]);
+      }
+    }
+  }
+
+  void Quantise() {
+    q_stride_ = RoundUp(p_.d, 64);
+    q_ = Buffer<uint8_t>(p_.n * q_stride_);
+    bounds_.resize(p_.n);
+    pick_bounds_.resize(block_);
+    pick_q_ = PickRows<int32_t>((p_.d + 3) / 4, block_);
+    // Any centre is right; the mean of some rows keeps a common offset out of the 8 bits.
+    const int64_t step = std::max<int64_t>(1, p_.n / 256);
+    const float share = 1.0f / static_cast<float>((p_.n + step - 1) / step);
+    std::vector<float> centre(RoundUp(p_.d, 16), 0.0f);
+    for (int64_t i = 0; i < p_.n; i += step) {
+      for (int64_t c = 0; c < p_.d; ++c) centre[c] += rows_[i][c] * share;
+    }
+#pragma omp parallel for num_threads(threads_) schedule(static) if (p_.n * p_.d > kParallelWork)
+    for (int64_t i = 0; i < p_.n; ++i) {
+      bounds_[i] = kernels_.quantise(rows_[i], centre.data(), p_.d, q_.get() + i * q_stride_);
+    }
+    has_filter_ = std::all_of(bounds_.begin(), bounds_.end(),
+                              [](const Quantised& q) { return q.norm < kFilterNorm; });
+  }
+
+  static int Thread() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+  }
+
+  const SlapFpsProblem& p_;
+  const Kernels& kernels_;
+  const int threads_;
+  const int block_;
+  const Rows rows_;
+  std::vector<float> squared_;  // -1: picked
+  std::vector<int64_t> room_;   // picks left, by group
+  std::vector<Scratch> scratch_;
+
+  std::vector<uint64_t> keys_;
+  std::vector<int32_t> pool_;
+  uint64_t beyond_ = 0;
+  std::vector<int32_t> new_;
+  std::vector<float> new_squared_;
+  std::vector<int32_t> targets_;
+  PickRows<float> pick_rows_;
+  Buffer<float> pairs_;
+  Buffer<int32_t> pool_bits_;
+
+  bool has_filter_ = false;
+  int unfiltered_rounds_ = 0;
+  int64_t q_stride_ = 0;
+  Buffer<uint8_t> q_;
+  std::vector<Quantised> bounds_;
+  std::vector<Quantised> pick_bounds_;
+  PickRows<int32_t> pick_q_{0, 0};
+};
+
+bool Supports(int32_t path) {
+  switch (path) {
+    case SLAP_FPS_PORTABLE:
+      return true;
+#if defined(__x86_64__)
+    case SLAP_FPS_AVX2:
+      return Avx2Kernels() != nullptr && __builtin_cpu_supports("avx2") &&
+             __builtin_cpu_supports("fma");
+    case SLAP_FPS_AVX512:
+    case SLAP_FPS_VNNI:
+      if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))) {
+        return false;
+      }
+      if (path == SLAP_FPS_AVX512) return Avx512Kernels() != nullptr;
+      return VnniKernels() != nullptr && __builtin_cpu_supports("avx512vnni");
+#endif
+    default:
+      return false;
+  }
+}
+
+const Kernels* KernelsOf(int32_t path) {
+  switch (path) {
+    case SLAP_FPS_AVX2:
+      return Avx2Kernels();
+    case SLAP_FPS_AVX512:
+      return Avx512Kernels();
+    case SLAP_FPS_VNNI:
+      return VnniKernels();
+    default:
+      return PortableKernels();
+  }
+}
+
+// The least of a few timings of one full tile, in seconds.
+double TileSeconds(const Kernels& kernels) {
+  constexpr int kPicks = 12;
+  Buffer<float> panel(kChunk * kLanes), picks(kPicks * kStride), acc(kPicks * kLanes);
+  double least = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < 20; ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    kernels.accumulate(panel.get(), picks.get(), kChunk, kPicks, acc.get());
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+    least = std::min(least, took.count());
+  }
+  return least;
+}
+
+// The filter wins wherever there is one. Without it, wider is not always faster: some processors
+// run AVX-512 at half rate, and AVX2 can add and multiply on separate ports.
+int32_t MeasureAutoPath() {
+  if (Supports(SLAP_FPS_VNNI)) return SLAP_FPS_VNNI;
+  if (!Supports(SLAP_FPS_AVX2)) return SLAP_FPS_PORTABLE;
+  if (!Supports(SLAP_FPS_AVX512)) return SLAP_FPS_AVX2;
+  return TileSeconds(*Avx512Kernels()) < TileSeconds(*Avx2Kernels()) ? SLAP_FPS_AVX512
+                                                                     : SLAP_FPS_AVX2;
+}
+
+bool InRange(const int64_t* ids, int64_t n, int64_t count) {
+  return std::all_of(ids, ids + n, [count](int64_t id) { return id >= 0 && id < count; });
+}
+
+// Whatever could index out of bounds or never end. Messages are the caller's business.
+bool IsSound(const SlapFpsProblem& p) {
+  if (p.n < 1 || p.n > std::numeric_limits<int32_t>::max() || p.d < 1 || p.d > kMaxDimensions ||
+      p.k < 1 || p.g < 0 || p.m < 1 || p.m > p.n || p.first < 0 || p.first >= p.n ||
+      p.features == nullptr || p.budgets == nullptr) {
+    return false;
+  }
+  int64_t sum = 0;
+  for (int64_t k = 0; k < p.k; ++k) {
+    if (p.budgets[k] < 0 || p.budgets[k] > p.n) return false;
+    sum += p.budgets[k];
+  }
+  if (sum != p.m || (p.strata == nullptr && p.k != 1)) return false;
+  if (p.strata != nullptr && !InRange(p.strata, p.n, p.k)) return false;
+  const int64_t opening =
+      std::find_if(p.budgets, p.budgets + p.k, [](int64_t b) { return b > 0; }) - p.budgets;
+  if (p.strata != nullptr && p.strata[p.first] != opening) return false;
+  if (p.g == 0) return true;
+  if (p.groups == nullptr || p.quotas == nullptr || !InRange(p.groups, p.n, p.g)) return false;
+  std::vector<int64_t> sizes(p.g, 0);
+  for (int64_t i = 0; i < p.n; ++i) ++sizes[p.groups[i]];
+  int64_t room = 0;
+  for (int64_t g = 0; g < p.g; ++g) {
+    if (p.quotas[g] < 0) return false;
+    room += std::min(p.quotas[g], sizes[g]);
+  }
+  return room >= p.m && p.quotas[p.groups[p.first]] > 0;
+}
+
+}  // namespace
+}  // namespace slap
+
+extern "C" {
+
+int32_t slap_fps_abi(void) { return SLAP_FPS_ABI; }
+
+int32_t slap_fps_has_path(int32_t path) { return slap::Supports(path) ? 1 : 0; }
+
+int32_t slap_fps_auto_path(void) {
+  static const int32_t path = slap::MeasureAutoPath();
+  return path;
+}
+
+int32_t slap_fps_cpu(const SlapFpsProblem* problem, const SlapFpsOptions* options, int64_t* picks,
+                     float* pick_squared, float* squared) {
+  const int block = options->block == 0 ? slap::DefaultBlock(problem->n) : options->block;
+  if (options->threads < 1 || block < 2 || block > slap::kMaxBlock) return SLAP_FPS_BAD_ARGUMENT;
+  const int32_t path = options->path == SLAP_FPS_AUTO ? slap_fps_auto_path() : options->path;
+  if (!slap::Supports(path)) return SLAP_FPS_NO_SUCH_PATH;
+  try {
+    if (!slap::IsSound(*problem)) return SLAP_FPS_BAD_ARGUMENT;
+    slap::Selection selection(*problem, *slap::KernelsOf(path), options->threads, block);
+    selection.Run(picks, pick_squared, squared);
+  } catch (const std::bad_alloc&) {
+    return SLAP_FPS_NO_MEMORY;
+  }
+  return SLAP_FPS_OK;
+}
+
+}  // extern "C"
