@@ -24,12 +24,15 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from slap_ds.data.builtin_templates import TEMPLATES as TEMPLATES
+from slap_ds.data import builtin_templates
 from slap_ds.data.builtin_templates import Piece
 from slap_ds.data.formats import Message
+from slap_ds.data.glm_templates import GLM_TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = {**builtin_templates.TEMPLATES, **GLM_TEMPLATES}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,11 @@
 """The fast tokenizer of a ChatGLM2, ChatGLM3 or GLM-4 folder, built from its `tokenizer.model`.
 
-    tokenizer.model -> pieces with scores (SentencePiece), or bytes with ranks (tiktoken)
-                    -> merges -> tokenizers.Tokenizer -> special tokens, chat template
-                    -> check: samples encoded by it and by the plain algorithm must agree
-
-No `sentencepiece`, `tiktoken` or `protobuf` is needed: both files are simple, and are read here.
+tokenizer.model -> pieces with scores (SentencePiece), or bytes with ranks (tiktoken)
+                -> merges -> tokenizers.Tokenizer -> special tokens, chat template
+                -> check: samples encoded by it and by the plain algorithm must agree
 """
 
-import base64
-import binascii
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +15,17 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from slap_ds.data.glm_templates import GLM_TEMPLATES
+from slap_ds.models.glm_vocab import (
+    BYTE,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Pieces,
+    merge_bytes,
+    merge_pieces,
+    read_ranks,
+    read_sentencepiece,
+)
 
 Family = Literal["chatglm2", "chatglm3", "glm4"]
 
@@ -51,98 +56,6 @@ _SAMPLES = (
     "aaaaaaaaaaaaa ---------- \n\n\n\n ▁▁",
 )
 
-# The types of a SentencePiece piece.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """What a SentencePiece BPE file says."""
-
-    texts: list[str]
-    scores: list[float]
-    types: list[int]
-    charsmap: bytes  # compiled normalisation rules; empty: none
-    prefix_space: bool
-    one_space: bool  # runs of spaces become one
-
-    def of_type(self, kind: int) -> list[str]:
-        return [text for text, other in zip(self.texts, self.types, strict=True) if other == kind]
-
-
-def read_sentencepiece(path: Path) -> Pieces:
-    """Raises ValueError for a file that is no SentencePiece BPE model."""
-    texts: list[str] = []
-    scores: list[float] = []
-    types: list[int] = []
-    trainer: dict[int, Any] = {}
-    rules: dict[int, Any] = {}
-    try:
-        for field, value in _fields(path.read_bytes()):
-            if field == 1:
-                piece = dict(_fields(value))
-                texts.append(piece[1].decode("utf-8"))
-                scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
-                types.append(piece.get(3, _NORMAL))
-            elif field == 2:
-                trainer = dict(_fields(value))
-            elif field == 3:
-                rules = dict(_fields(value))
-    except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(f"{path} is truncated or no SentencePiece model: {error}") from None
-    if trainer.get(3, 1) != 2:
-        raise ValueError(f"{path} is no SentencePiece BPE model: expected ChatGLM's tokenizer.model")
-    if len(set(texts)) != len(texts) or _UNUSED in types:
-        raise ValueError(f"{path} has double or unused pieces, which no ChatGLM tokenizer has")
-    return Pieces(
-        texts, scores, types, rules.get(2, b""), bool(rules.get(3, 1)), bool(rules.get(4, 1))
-    )
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protobuf message: numbers for varints, bytes for the rest."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, varint()
-            continue
-        if kind not in (1, 2, 5):
-            raise ValueError(f"unknown wire type {kind}")
-        size = {1: 8, 5: 4}.get(kind) or varint() if kind != 2 else varint()
-        if at + size > len(data):
-            raise ValueError(f"a field of {size} bytes goes past the end")
-        yield key >> 3, data[at : at + size]
-        at += size
-
-
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """A tiktoken file: a line has a token in base64 and its rank. Raises ValueError for another."""
-    ranks: dict[bytes, int] = {}
-    try:
-        for line in path.read_bytes().split(b"\n"):
-            if line.strip():
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except (ValueError, binascii.Error):
-        raise ValueError(f"{path} is no list of tiktoken ranks") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
-        raise ValueError(f"{path} is truncated: its {len(ranks)} ranks are not 0, 1, 2, ...")
-    return ranks
-
 
 def sentencepiece_tokenizer(pieces: Pieces) -> Tokenizer:
     """The same encoding as SentencePiece, special tokens apart."""
@@ -151,9 +64,11 @@ def sentencepiece_tokenizer(pieces: Pieces) -> Tokenizer:
         BPE(
             ids,
             _piece_merges(pieces),
-            unk_token=pieces.of_type(_UNKNOWN)[0],
+            unk_token=pieces.of_type(UNKNOWN)[0],
             fuse_unk=True,
-            byte_fallback=bool(pieces.of_type(_BYTE)),
+            byte_fallback=bool(pieces.of_type(BYTE)),
+            # A piece that is cut out whole may have no merges that make it.
+            ignore_merges=bool(pieces.of_type(USER_DEFINED)),
         )
     )
     # Not Metaspace: that would split the text at spaces, and lose pieces with spaces inside.
@@ -161,7 +76,8 @@ def sentencepiece_tokenizer(pieces: Pieces) -> Tokenizer:
     if pieces.charsmap:
         steps.append(normalizers.Precompiled(pieces.charsmap))
     if pieces.one_space:
-        steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
+        steps.append(normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""))
+        steps.append(normalizers.Replace(Regex(" +"), " "))
     if pieces.prefix_space:
         steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))
@@ -173,3 +89,148 @@ def sentencepiece_tokenizer(pieces: Pieces) -> Tokenizer:
         [*back, decoders.Strip(" ", 1, 0)] if pieces.prefix_space else back
     )
     return tokenizer
+
+
+def _piece_merges(pieces: Pieces) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, best score first.
+
+    SentencePiece joins the pair with the best score, of equals the leftmost. Where a piece can be
+    made in two ways (runs of one character) it finds the longer left part first.
+    """
+    score = {
+        text: float("inf") if kind == USER_DEFINED else score
+        for text, score, kind in zip(pieces.texts, pieces.scores, pieces.types, strict=True)
+        if kind in (NORMAL, USER_DEFINED)
+    }
+    found = [
+        (-score[text], -cut, text[:cut], text[cut:])
+        for text in score
+        for cut in range(1, len(text))
+        if text[:cut] in score and text[cut:] in score
+    ]
+    return [(left, right) for _, _, left, right in sorted(found)]
+
+
+def _whole_pattern(pieces: Pieces) -> str:
+    """Matches the pieces that are cut out of a text before anything is merged."""
+    whole = sorted(pieces.of_type(USER_DEFINED), key=len, reverse=True)
+    return "|".join(
+        "".join(char if char.isalnum() else f"\\x{{{ord(char):X}}}" for char in text)
+        for text in whole
+    )
+
+
+def tiktoken_tokenizer(ranks: Mapping[bytes, int]) -> Tokenizer:
+    """The same encoding as tiktoken with GLM-4's word pattern, special tokens apart."""
+    shown = _byte_letters()
+
+    def show(token: bytes) -> str:
+        return "".join(shown[byte] for byte in token)
+
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = merge_bytes(ranks, token, below=rank)
+        if len(parts) == 2:
+            merges.append((show(parts[0]), show(parts[1])))
+    # tiktoken looks a whole word up before it merges.
+    model = BPE({show(token): rank for token, rank in ranks.items()}, merges, ignore_merges=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_GLM4_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """The visible letter that stands for each byte in a byte-level tokenizer."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+def build_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder, ready to be saved.
+
+    Raises FileNotFoundError without a tokenizer.model, ValueError for one that cannot be read or
+    whose fast form encodes a sample differently.
+    """
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.model: copy it there from the published checkpoint"
+        )
+    if family == "glm4":
+        ranks = read_ranks(path)
+        tokenizer = tiktoken_tokenizer(ranks)
+        _check(tokenizer, lambda text: _tiktoken_ids(tokenizer, ranks, text), _SAMPLES, path)
+        end = pad = unknown = "<|endoftext|>"
+    else:
+        pieces = read_sentencepiece(path)
+        tokenizer = sentencepiece_tokenizer(pieces)
+        samples = [*_SAMPLES, *(f"x {piece}y" for piece in pieces.of_type(USER_DEFINED))]
+        _check(tokenizer, lambda text: _sentencepiece_ids(tokenizer, pieces, text), samples, path)
+        end, pad, unknown = "</s>", "<unk>", "<unk>"
+    count = tokenizer.get_vocab_size()
+    special = [
+        token for token in ("<unk>", "<s>", "</s>") if tokenizer.token_to_id(token) is not None
+    ]
+    special += SPECIAL[family]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    ids = {token: tokenizer.token_to_id(token) for token in ("[gMASK]", "<sop>")}
+    if [tokenizer.token_to_id(t) for t in SPECIAL[family]] != [
+        *range(count, count + len(SPECIAL[family]))
+    ]:
+        raise ValueError(f"{path} has pieces named like control tokens: is it the published file?")
+    tokenizer.post_processor = TemplateProcessing(
+        single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B", special_tokens=list(ids.items())
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=end,
+        pad_token=pad,
+        unk_token=unknown,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    fast.chat_template = GLM_TEMPLATES[family].chat_template
+    return fast
+
+
+def _check(
+    tokenizer: Tokenizer, plain: Callable[[str], list[int]], samples: Sequence[str], path: Path
+) -> None:
+    for text in samples:
+        if tokenizer.encode(text, add_special_tokens=False).ids != plain(text):
+            raise ValueError(
+                f"{path}: the fast tokenizer would encode {text!r} differently from the original,"
+                " so this is not a tokenizer of the known kind: use the published file"
+            )
+
+
+def _sentencepiece_ids(tokenizer: Tokenizer, pieces: Pieces, text: str) -> list[int]:
+    ids = {piece: i for i, piece in enumerate(pieces.texts)}
+    normal = tokenizer.normalizer.normalize_str(text)
+    found: list[int] = []
+    for part in merge_pieces(pieces, normal):
+        if part in ids and pieces.types[ids[part]] in (NORMAL, USER_DEFINED):
+            found.append(ids[part])
+        elif pieces.of_type(BYTE):
+            found += [ids[f"<0x{byte:02X}>"] for byte in part.encode()]
+        else:
+            unknown = ids[pieces.of_type(UNKNOWN)[0]]
+            found += [] if found[-1:] == [unknown] else [unknown]
+    return found
+
+
+def _tiktoken_ids(tokenizer: Tokenizer, ranks: Mapping[bytes, int], text: str) -> list[int]:
+    words = pre_tokenizers.Split(Regex(_GLM4_WORDS), "isolated").pre_tokenize_str(text)
+    return [
+        ranks[part]
+        for word in (word.encode() for word, _ in words)
+        for part in ([word] if word in ranks else merge_bytes(ranks, word, below=len(ranks)))
+    ]
