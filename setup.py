@@ -1,6 +1,6 @@
 """Builds csrc/ into the package; the rest of the metadata lives in pyproject.toml.
 
-The libraries are plain C behind ctypes: no PyTorch is needed to build, one wheel serves all Pythons.
+The libraries are plain C behind ctypes: no PyTorch is needed, and one wheel serves every Python.
 SLAP_BUILD=require turns a failing build into an error; otherwise slap_ds falls back to PyTorch.
 """
 
@@ -27,9 +27,13 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
-        # Before anything can fail: a kept build/ or an editable install must not leave an old one.
-        for stale in (target, Path(__file__).resolve().parent / self.get_ext_filename(ext.name)):
-            stale.unlink(missing_ok=True)
+        # Before anything can fail: neither pip's kept build/ nor an editable install may go on with
+        # an old library.
+        target.unlink(missing_ok=True)
+        if self.inplace or getattr(self, "editable_mode", False):
+            Path(__file__).resolve().with_name(self.get_ext_filename(ext.name)).unlink(
+                missing_ok=True
+            )
         try:
             if ext.name == CPU:
                 build["build_cpu"](target)
