@@ -189,7 +189,8 @@ def recognise(row: Mapping[str, Any]) -> str:
     for name, fields in _FIELDS.items():
         if all(row.get(field) is not None for field in fields):
             return name
-    found = ", ".join(sorted(str(key)[:40] for key, value in row.items() if value is not None)[:20])
+    fields_found = sorted(str(key)[:40] for key, value in row.items() if value is not None)
+    found = ", ".join(key if key.isprintable() else ascii(key) for key in fields_found[:20])
     known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields in _FIELDS.items())
     raise ValueError(
         f"unknown format: found the fields {found or '(none)'}; known formats: {known}"

@@ -53,7 +53,7 @@ def preview(
             f"sample {index + 1} of {len(store)}: {len(sample.ids)} tokens,"
             f" {supervised} supervised; {labels}"
         )
-        console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print(Text(_visible(title), style="bold"), soft_wrap=True)
         _print(console, "ids ", _ids(sample))
         _print(console, "text", _text(sample, tokenizer, special))
         if supervised == 0:
@@ -106,8 +106,12 @@ def _text(sample: Sample, tokenizer: "PreTrainedTokenizerBase", special: set[int
 
 
 def _decode(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The text of ids, control characters made visible: data must not steer the terminal."""
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return _visible(text)
+
+
+def _visible(text: str) -> str:
+    """Text with its control characters written out: data must not steer the terminal."""
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
     return "".join(
         f"\\u{ord(c):04x}" if unicodedata.category(c) in hidden and c not in "\n\t" else c

@@ -136,6 +136,21 @@ def test_content_differs_where_only_the_mask_does(tmp_path: Path) -> None:
     assert content[0] == content[2] != content[1]
 
 
+def test_a_first_token_is_never_predicted(tmp_path: Path) -> None:
+    class First(Broken):
+        def encode_batch(
+            self, conversations: Sequence[Sequence[Message]]
+        ) -> list[Encoded | ValueError]:
+            masks = ([True, True, False], [True, False, False], [False, False, True])
+            return [Encoded([7, 8, 9], mask) for mask in masks]
+
+    path = write(tmp_path / "data.jsonl", ROWS)
+    store = build(path, tmp_path / "cache", template=First(1))
+    assert store.trained_tokens.tolist() == [1, 1]
+    assert store.counts.trained_tokens == 2
+    assert store.counts.dropped_no_trained_tokens == 1
+
+
 def test_big_vocabularies_keep_their_ids(tmp_path: Path) -> None:
     class Big(Broken):
         def __init__(self, vocab_size: int) -> None:

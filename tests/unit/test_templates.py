@@ -117,6 +117,15 @@ def test_llama2_with_a_tokenizer_that_puts_a_space_before_every_text() -> None:
     assert second == ["▁4", ",", "▁", "<0xE5>", "<0x9B>", "<0x9B>", "▁", "</s>"]
 
 
+def test_chatml_with_a_tokenizer_that_puts_a_space_before_every_text() -> None:
+    tokenizer = spaced_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(CHATML[1:])})
+    encoded = make_template("chatml", tokenizer).encode(TALK)
+    assert encoded.ids == plain(tokenizer, CASES["chatml"][1])
+    first, _ = (tokenizer.convert_ids_to_tokens(span) for span in spans(encoded))
+    assert first == ["H", "e", "l", "l", "o", ".", "<|im_end|>"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_exported_tokenizer_gives_the_same_ids(name: str, tmp_path: Path) -> None:
     tokenizer = CASES[name][0] if name != "llama2" else SPACED
