@@ -24,7 +24,7 @@ import torch
 from rich import progress as bars
 from rich.console import Console
 from safetensors.torch import save_file
-from transformers import GenerationConfig, GlmConfig
+from transformers import GenerationConfig, GlmConfig, PreTrainedTokenizerFast
 
 from slap_ds.data.glm_templates import GLM_TEMPLATES
 from slap_ds.models.chatglm_layout import (
@@ -125,6 +125,7 @@ def _to_glm(
             f"{src}/tokenizer.model gives {len(tokenizer)} tokens, the model has {sizes.vocab} "
             "embeddings: is the tokenizer from another checkpoint?"
         )
+    _check_added_tokens(src / "tokenizer_config.json", tokenizer)
     _say(console, f"{kind}, {sizes.layers} layers of width {sizes.width}, {len(shards)} files")
 
     kept = dst / KEPT
@@ -209,8 +210,8 @@ def find_family(src: Path, config: Mapping[str, Any], given: str | None) -> Fami
         for family in SPECIAL:
             if family == given and (family == "glm4") == ranks:
                 return family
-        found = "tiktoken ranks (glm4)" if ranks else "a SentencePiece model (chatglm2, chatglm3)"
-        raise ValueError(f"unknown or wrong family {given!r}: {path} is {found}")
+        fitting = "glm4" if ranks else "chatglm2 or chatglm3"
+        raise ValueError(f"family {given!r} does not fit {path}: expected {fitting}")
     if ranks:
         return "glm4"
     code = src / "tokenization_chatglm.py"
@@ -229,9 +230,10 @@ def _check_tensors(
     }
     for problem, names in problems.items():
         if names:
+            shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
             raise ValueError(
-                f"the weight files in {src} {problem} {len(names)} tensors ({', '.join(names[:3])}"
-                f"{', ...' if len(names) > 3 else ''}): is config.json of the same checkpoint?"
+                f"the weight files in {src} {problem} {len(names)} tensor{'s' * (len(names) > 1)} "
+                f"({shown}): is config.json of the same checkpoint?"
             )
     if wrong:
         name = min(wrong)
@@ -239,6 +241,17 @@ def _check_tensors(
             f"{src}: {name} has shape {found[name]}, config.json says {wanted[name]}: are they of "
             "the same checkpoint?"
         )
+
+
+def _check_added_tokens(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    added = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
+    for key, entry in added.items():
+        name, ours = entry["content"], tokenizer.convert_ids_to_tokens(int(key))
+        if ours not in (name, f"<{name}>"):  # sop and eop have another name here
+            raise ValueError(
+                f"{path} gives id {key} to {name!r}, the published tokenizer to {ours!r}: tokens "
+                "that were added to it cannot be converted"
+            )
 
 
 def _each(shards: list[Path], count: int, console: Console) -> Iterator[tuple[str, torch.Tensor]]:
