@@ -67,8 +67,6 @@ def sentencepiece_tokenizer(pieces: Pieces) -> Tokenizer:
             unk_token=pieces.of_type(UNKNOWN)[0],
             fuse_unk=True,
             byte_fallback=bool(pieces.of_type(BYTE)),
-            # A piece that is cut out whole may have no merges that make it.
-            ignore_merges=bool(pieces.of_type(USER_DEFINED)),
         )
     )
     # Not Metaspace: that would split the text at spaces, and lose pieces with spaces inside.
