@@ -1,8 +1,8 @@
 """Checkpoints: written aside, then renamed, so that a visible one is a whole one.
 
-    run_dir/checkpoints/step-000100/manifest.json   what it is and what it needs to continue
-                                   /state.json      stream cursor, scorer and selector state
-                                   /engine/...      weights and optimizer, one shard a rank
+run_dir/checkpoints/step-000100/manifest.json   what it is and what it needs to continue
+                               /state.json      stream cursor, scorer and selector state
+                               /engine/...      weights and optimizer, one shard a rank
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("interrupted")
     except Exception as error:
         from slap_ds.comm import RankDisagreement
-        from slap_ds.trainer import OtherRankFailed
+        from slap_ds.run import OtherRankFailed
 
         if isinstance(error, OtherRankFailed):
             sys.exit(1)
@@ -48,15 +48,16 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.config import read_config
 
     config = read_config(options.config, rest)
-    from slap_ds import trainer
     from slap_ds.engine import stop_ranks
+    from slap_ds.run import dry_run, prepare
+    from slap_ds.trainer import train
 
     if options.dry_run:
         console = Console()
-        for name, value in trainer.dry_run(config).items():
+        for name, value in dry_run(config).items():
             console.print(f"{name:>22}  {value}", highlight=False)
         return
-    trainer.train(trainer.prepare(config))
+    train(prepare(config))
     stop_ranks()
 
 
@@ -65,7 +66,7 @@ def _preview(options: argparse.Namespace, rest: list[str]) -> None:
 
     from slap_ds.config import read_config
     from slap_ds.data.preview import preview
-    from slap_ds.trainer import read_inputs
+    from slap_ds.run import read_inputs
 
     config = read_config(options.config, rest)
     inputs = read_inputs(config)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from slap_ds.scoring import Scores
 from slap_ds.selection import Selection
-
 
 # torch 2.13 renamed it and warns about the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -38,7 +37,7 @@ class Comm:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bytes_sent: int = 0  # payload this rank has put into collectives, for the metrics
 
     def exchange(self, step: int, phase: str, values: Sequence[int]) -> np.ndarray:
@@ -88,19 +87,12 @@ class Comm:
             RankDisagreement: a rank is at another step, or the shares do not make up the batch.
         """
         counts = self.exchange(step, "gather sizes", [len(local.positions)])[:, 0]
-        width = 0 if local.gradient is None else local.gradient.shape[1]
-        parts = [local.positions, local.tokens, local.loss.float()]
-        if local.gradient is not None:
-            parts.append(local.gradient.float())
-        if local.diagonal is not None:
-            parts.append(local.diagonal.float())
-        mine = torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
-        room = int(counts.max()) * (8 + 8 + 4 + 4 * width)
-        room += 4 * len(local.diagonal) if local.diagonal is not None else 0
+        mine = _pack(local)
+        room = max(_bytes(local, int(n)) for n in counts)
         padded = torch.zeros(room, dtype=torch.uint8, device=mine.device)
         padded[: len(mine)] = mine
         table = self._all_gather(padded)
-        shares = [_unpack(row, int(n), width, local) for row, n in zip(table, counts, strict=True)]
+        shares = [_unpack(row, int(n), local) for row, n in zip(table, counts, strict=True)]
         positions = torch.cat([share.positions for share in shares])
         order = torch.argsort(positions)
         if not torch.equal(positions[order].cpu(), torch.arange(candidates)):
@@ -108,17 +100,15 @@ class Comm:
                 f"step {step}: the gathered shares hold {len(positions)} candidates "
                 f"({counts.tolist()} by rank), not each of the {candidates} once"
             )
-        diagonal = None
-        if local.diagonal is not None:
-            diagonals = [share.diagonal for share in shares if share.diagonal is not None]
-            diagonal = torch.stack(diagonals).double().sum(0)
+        diagonals = [share.diagonal for share in shares if share.diagonal is not None]
         gradients = [share.gradient for share in shares if share.gradient is not None]
         return Scores(
             positions=positions[order],
             loss=torch.cat([share.loss for share in shares])[order],
             tokens=torch.cat([share.tokens for share in shares])[order],
             gradient=torch.cat(gradients)[order] if gradients else None,
-            diagonal=diagonal,
+            diagonal=torch.stack(diagonals).double().sum(0) if diagonals else None,
+            diagonal_tokens=sum(share.diagonal_tokens for share in shares),
         )
 
     def broadcast_picks(self, step: int, selection: Selection | None) -> Selection:
@@ -145,7 +135,8 @@ class Comm:
             weights=_as(payload[count * 8 :], torch.float32),
             stats={} if selection is None else selection.stats,
         )
-        self.agree(step, "the hash of the picks", hashlib.sha256(payload.numpy()).hexdigest())
+        digest = hashlib.sha256(payload.numpy().tobytes()).hexdigest()
+        self.agree(step, "the hash of the picks", digest)
         return received
 
     def _all_gather(self, mine: Tensor) -> Tensor:
@@ -172,17 +163,43 @@ def _code(phase: str) -> int:
     return zlib.crc32(phase.encode())
 
 
-def _unpack(row: Tensor, n: int, width: int, like: Scores) -> Scores:
-    """Undo `gather`'s byte layout for one rank's row."""
-    sizes = [8 * n, 8 * n, 4 * n, 4 * n * width]
-    sizes.append(0 if like.diagonal is None else 4 * len(like.diagonal))
-    positions, tokens, loss, gradient, diagonal = row[: sum(sizes)].split(sizes)
+def _pack(scores: Scores) -> Tensor:
+    """The bytes of a rank's share: 8-byte numbers first, the sketch in the dtype it has."""
+    count = torch.tensor([scores.diagonal_tokens], device=scores.positions.device)
+    parts = [count, scores.positions, scores.tokens, scores.loss.float()]
+    if scores.diagonal is not None:
+        parts.append(scores.diagonal.float())
+    if scores.gradient is not None:
+        parts.append(scores.gradient)
+    return torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
+
+
+def _sizes(like: Scores, n: int) -> list[int]:
+    """Bytes of each field of a share of n candidates, in `_pack`'s order."""
+    sketch = 0
+    if like.gradient is not None:
+        sketch = like.gradient.shape[1] * like.gradient.element_size()
+    diagonal = 0 if like.diagonal is None else 4 * len(like.diagonal)
+    return [8, 8 * n, 8 * n, 4 * n, diagonal, sketch * n]
+
+
+def _bytes(like: Scores, n: int) -> int:
+    return sum(_sizes(like, n))
+
+
+def _unpack(row: Tensor, n: int, like: Scores) -> Scores:
+    """Undo `_pack` for a rank's row with n candidates."""
+    count, positions, tokens, loss, diagonal, sketch = row[: _bytes(like, n)].split(_sizes(like, n))
+    gradient = None
+    if like.gradient is not None:
+        gradient = _as(sketch, like.gradient.dtype).view(n, like.gradient.shape[1])
     return Scores(
         positions=_as(positions, torch.int64),
         loss=_as(loss, torch.float32),
         tokens=_as(tokens, torch.int64),
-        gradient=None if like.gradient is None else _as(gradient, torch.float32).view(n, width),
+        gradient=gradient,
         diagonal=None if like.diagonal is None else _as(diagonal, torch.float32),
+        diagonal_tokens=int(_as(count, torch.int64)),
     )
 
 

@@ -30,13 +30,14 @@ class ModelConfig(Section):
     path: str | None = None
     """A Hugging Face model folder or hub name to start from."""
     config: dict[str, Any] | None = None
-    """Instead of `path`: fields of a transformers config (with `model_type`) to start fresh from."""
+    """Instead of `path`: fields of a transformers config, `model_type` too, for fresh weights."""
     tokenizer: str | None = None
     """Tokenizer folder, hub name or tokenizer.json; default: `path`. `builtin:demo` ships here."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype the model computes in; the optimizer keeps float32 master weights."""
-    attention: str = "sdpa"
-    """transformers' attention implementation: sdpa, eager, flex_attention, flash_attention_2."""
+    attention: str = "packed"
+    """packed: each sample of a row by itself; or an attention implementation of transformers:
+    sdpa, eager, flex_attention, flash_attention_2."""
     gradient_checkpointing: bool = True
     """Keep only block inputs in the forward and recompute the rest in the backward."""
 
@@ -74,7 +75,21 @@ class BatchConfig(Section):
     micro_batch_tokens: int = Field(2048, ge=2)
     """Tokens of one packed row, the unit of a forward and backward."""
     score_micro_batch_tokens: int | None = Field(None, ge=2)
-    """Tokens of one packed row in scoring, where no graph is kept; default: the same."""
+    """Tokens of one packed row in scoring, where no graph is kept; default: twice as many."""
+
+
+class StepConfig(Section):
+    forward: Literal["auto", "reuse", "separate"] = "auto"
+    """reuse: the scoring forward is the training forward, only picks are recomputed and trained;
+    separate: score, then train, with any model; auto: reuse where the model allows it."""
+    balance: Literal["auto", "quota", "deal", "none"] = "auto"
+    """How the picks' tokens are spread over ranks. deal: picks move (separate only); quota: picks
+    stay where they were scored and no rank gets more than its share; none: they just stay.
+    auto: quota with reuse, deal with separate."""
+    quota_slack: float = Field(0.02, ge=0)
+    """How far above the mean a rank's tokens may be under quotas."""
+    boundaries: Literal["device", "host"] = "device"
+    """Where reuse keeps the block inputs of all candidates between scoring and training."""
 
 
 class SelectionConfig(Section):
@@ -99,10 +114,26 @@ class SelectionConfig(Section):
 
 
 class ScoringConfig(Section):
-    sketch: Literal["head_input"] = "head_input"
-    """What stands for a sample's gradient; head_input: the mean over its response tokens."""
-    curvature: Literal["exact_head", "none"] = "exact_head"
-    """Diagonal of the Hessian that preconditions the sketch; exact_head: in closed form."""
+    sketch: Literal["head_input", "head_kron", "hvp", "blocks_kron"] = "head_input"
+    """What stands for a sample (docs/method.md). head_input: its gradient by the final hidden
+    states; head_kron, blocks_kron: projected weight gradients; hvp: z * Hz of the head."""
+    sketch_size: tuple[int, int] = (16, 16)
+    """(a, b) of the Kronecker sketches: a * b numbers for every weight matrix."""
+    sketch_norm: Literal["none", "unit"] = "none"
+    """unit: divide each sketch by its length, so that only directions differ."""
+    sketch_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which sketches travel between ranks."""
+    curvature: Literal["exact_head", "hutchinson_head", "hutchinson_blocks", "none"] = "exact_head"
+    """Diagonal of the Hessian that preconditions the sketch. exact_head: in closed form;
+    hutchinson_head: estimated by probes; hutchinson_blocks: by double backward through blocks."""
+    probes: int = Field(16, ge=1)
+    """Random vectors of the Hutchinson sources and of hvp."""
+    blocks: int = Field(1, ge=1)
+    """How many of the last blocks hutchinson_blocks and blocks_kron go through."""
+    curvature_tokens: float = Field(1.0, gt=0, le=1)
+    """exact_head: share of the response tokens, drawn anew at each step, that it is a mean over."""
+    curvature_block: int = Field(1, ge=1)
+    """Neighbouring dimensions that share one curvature, their mean; 1: each its own."""
     curvature_decay: float = Field(0.9, ge=0, lt=1)
     """Decay of the curvature's bias-corrected moving average over steps."""
     curvature_power: float = Field(1.0, ge=0)
@@ -110,7 +141,18 @@ class ScoringConfig(Section):
     curvature_floor: float = Field(1e-3, gt=0)
     """Smallest curvature, as a share of its mean over dimensions; keeps the division bounded."""
     chunk_tokens: int = Field(256, ge=1)
-    """Tokens whose logits are held at once: peak extra memory is chunk_tokens * V values."""
+    """Tokens whose logits are held at once: peak extra memory is chunk_tokens * V * 12 bytes."""
+
+    @model_validator(mode="after")
+    def _fitting(self) -> ScoringConfig:
+        if self.sketch == "blocks_kron" and self.curvature != "none":
+            raise ValueError(
+                "scoring.sketch blocks_kron is a sketch of weight gradients, which no curvature of "
+                "hidden states can precondition: set scoring.curvature none"
+            )
+        if min(self.sketch_size) < 1:
+            raise ValueError(f"sketch_size is {self.sketch_size}, expected two numbers >= 1")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -168,6 +210,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig = BatchConfig()
+    step: StepConfig = StepConfig()
     selection: SelectionConfig = SelectionConfig()
     scoring: ScoringConfig = ScoringConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -196,13 +239,21 @@ class Config(Section):
                     f"{key} is {tokens}, less than data.max_tokens {self.data.max_tokens}: "
                     "a sample must fit into one row"
                 )
+        if self.step.forward == "reuse" and self.step.balance == "deal":
+            raise ValueError(
+                "step.balance deal moves picks to other ranks, step.forward reuse keeps their "
+                "activations where they were scored: choose quota or none"
+            )
+        if self.step.forward == "reuse" and not self.model.gradient_checkpointing:
+            raise ValueError("step.forward reuse needs model.gradient_checkpointing")
         if self.selection.warmup + self.selection.cooldown > 1:
             raise ValueError("selection.warmup + selection.cooldown exceed 1")
         return self
 
     @property
     def score_row_tokens(self) -> int:
-        return self.batch.score_micro_batch_tokens or self.batch.micro_batch_tokens
+        # Scoring keeps no graph, so its rows can be longer; fewer rows are fewer gathers of weights.
+        return self.batch.score_micro_batch_tokens or 2 * self.batch.micro_batch_tokens
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -344,12 +395,12 @@ def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict
         if found is None or found == "auto":
             _set_dotted(settings, key, value)
         elif key in ours and found != value:
-            problems.append(f"{key} is {found!r}, this run needs {value!r} (or \"auto\")")
+            problems.append(f'{key} is {found!r}, this run needs {value!r} (or "auto")')
     if "optimizer" in settings or "scheduler" in settings:
         problems.append("optimizer and scheduler belong into the run's YAML (optimizer section)")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage is {zero.get('stage')!r}, expected 0, 1, 2 or 3")
-    problems += [f"{key} is \"auto\", which is not known here" for key in _autos(settings)]
+    problems += [f'{key} is "auto", which is not known here' for key in _autos(settings)]
     if problems:
         raise ValueError(f"engine.deepspeed: {path}\n" + "\n".join(f"  {p}" for p in problems))
     return settings

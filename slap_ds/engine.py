@@ -15,8 +15,10 @@ import datetime
 import json
 import math
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ from slap_ds.models.causal import (
     trainable,
 )
 from slap_ds.models.load import load_model
-from slap_ds.scoring import HeadScores, Scores, Wants
+from slap_ds.models.reuse import BlockInputs, find_blocks, install
+from slap_ds.scoring import HeadScores, Scores, Tail, Wants, collect, tail_parameters
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class TrainStats:
 
     loss: float  # nats: weighted sum over this rank's trained tokens
     grad_norm: float  # before clipping, of the whole model
+    boundary_bytes: int = 0  # forward reuse: block inputs this rank held at once
 
 
 class Engine(ABC):
@@ -55,30 +59,34 @@ class Engine(ABC):
     hidden_size: int
     parameters: int
 
-    def score(self, rows: Sequence[PackedRow], wants: Wants) -> Scores:
+    def score(self, rows: Sequence[PackedRow], wants: Wants, keep: bool = False) -> Scores:
         """Head sums of the rows' samples with the current weights, as `model.eval()` gives them:
-        no dropout, no graph, no random numbers drawn."""
-        self.model.eval()
-        parts: list[tuple[Tensor, HeadScores]] = []
-        with torch.no_grad():
-            for row in rows:
-                moved = row.to(self.device)
-                parts.append((moved.positions, self._forward(moved, "score", wants)))
-        self.model.train()
-        zeros = torch.zeros(self.hidden_size, device=self.device)
-        none = torch.zeros(0, self.hidden_size, device=self.device)
-        diagonals = [s.diagonal for _, s in parts if s.diagonal is not None]
-        gradients = [s.gradient for _, s in parts if s.gradient is not None]
-        return Scores(
-            positions=torch.cat([positions for positions, _ in parts]),
-            loss=torch.cat([s.loss for _, s in parts]),
-            tokens=torch.cat([s.tokens for _, s in parts]),
-            gradient=torch.cat([none, *gradients]) if wants.gradient else None,
-            diagonal=sum(diagonals, zeros) if wants.diagonal else None,
-        )
+        no dropout, no graph, no random numbers drawn.
 
-    def train(self, rows: Sequence[PackedRow], total_weight: float, lr: float) -> TrainStats:
+        With `keep` the block inputs are kept for a `train(..., replay=True)` of some of them; a
+        model that can do that has no dropout, so `train()` mode computes the same.
+        """
+        if keep:
+            self._inputs().start_scoring()
+        else:
+            self.model.eval()
+        parts: list[HeadScores] = []
+        with torch.no_grad():
+            if wants.blocks:
+                with self._whole(tail_parameters(self.model.lm, wants.blocks)):
+                    self.model.tail = Tail(self.model.lm, wants.blocks)
+            for row in rows:
+                parts.append(self._forward(row.to(self.device), "score", wants))
+        self.model.train()
+        self.model.tail = None
+        return collect([row.positions for row in rows], parts, wants)
+
+    def train(
+        self, rows: Sequence[PackedRow], total_weight: float, lr: float, replay: bool = False
+    ) -> TrainStats:
         """One optimizer step on the weighted token mean over all rows of all ranks.
+
+        With `replay` the rows' samples are among those of the last `score(..., keep=True)`.
 
         Args:
             total_weight: sum over every trained token, all ranks, of its sample's weight.
@@ -86,13 +94,32 @@ class Engine(ABC):
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if replay:
+            self._inputs().start_replay(rows)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, row in enumerate(rows):
             part = self._forward(row.to(self.device), "train", None)
             loss += part.detach()
             self._backward(part, total_weight, last=i == len(rows) - 1)
         grad_norm = self._step()
-        return TrainStats(loss=float(loss), grad_norm=grad_norm)
+        boundary_bytes = 0
+        if replay:
+            boundary_bytes = self._inputs().peak_bytes
+            self._inputs().stop()
+        return TrainStats(float(loss), grad_norm, boundary_bytes)
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether `score(keep=True)` and `train(replay=True)` work with this model."""
+        return self.model.block_inputs is not None
+
+    def _inputs(self) -> BlockInputs:
+        assert self.model.block_inputs is not None, "this model is not set up for forward reuse"
+        return self.model.block_inputs
+
+    def _whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        """Inside, these parameters are whole on every rank."""
+        return nullcontext()
 
     @abstractmethod
     def _forward(self, row: PackedRow, mode: str, wants: Wants | None) -> Any: ...
@@ -118,7 +145,8 @@ class TorchEngine(Engine):
     def __init__(self, config: Config, model_config: Any) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         lm = _load(config, model_config).to(self.device)
-        self.model = PackedCausalLM(lm, config.scoring.chunk_tokens).train()
+        inputs = _prepare_blocks(config, lm)
+        self.model = PackedCausalLM(lm, config.scoring.chunk_tokens, inputs).train()
         self.hidden_size = model_config.get_text_config().hidden_size
         self.parameters = count_parameters(lm)
         self.optimizer = _optimizer(config, trainable(lm))
@@ -128,7 +156,7 @@ class TorchEngine(Engine):
         return self.model(row, mode, wants)
 
     def _backward(self, loss: Tensor, total_weight: float, last: bool) -> None:
-        (loss / total_weight).backward()  # type: ignore[no-untyped-call]
+        (loss / total_weight).backward()
 
     def _step(self) -> float:
         limit = self.max_grad_norm or math.inf
@@ -161,7 +189,13 @@ class DeepSpeedEngine(Engine):
             # zero.Init around from_config fails.
             self._partitioner = HfDeepSpeedConfig(settings)
         lm = _load(config, model_config)
-        self.model = PackedCausalLM(lm, config.scoring.chunk_tokens)
+        inputs = _prepare_blocks(config, lm)
+        self.partitioned = settings["zero_optimization"].get("stage") == 3
+        if self.partitioned and config.model.gradient_checkpointing:
+            # One gather a block. Replay skips the inside of a block in the forward, so the hooks
+            # have to sit on the block itself.
+            deepspeed.utils.set_z3_leaf_modules(lm, [type(block) for block in find_blocks(lm)[:1]])
+        self.model = PackedCausalLM(lm, config.scoring.chunk_tokens, inputs)
         self.parameters = count_parameters(lm)
         self.world = comm.world
         self.engine, *_ = deepspeed.initialize(
@@ -173,6 +207,37 @@ class DeepSpeedEngine(Engine):
         self.optimizer = self.engine.optimizer
         self.device = torch.device(self.engine.device)
         self.settings = settings
+        self._traced = False
+
+    def score(self, rows: Sequence[PackedRow], wants: Wants, keep: bool = False) -> Scores:
+        if self.partitioned and not self._traced:
+            self._record_trace()
+        return super().score(rows, wants, keep)
+
+    def train(
+        self, rows: Sequence[PackedRow], total_weight: float, lr: float, replay: bool = False
+    ) -> TrainStats:
+        self._traced = True
+        return super().train(rows, total_weight, lr, replay)
+
+    def _record_trace(self) -> None:
+        """Run an empty row forward and backward before the first scoring.
+
+        ZeRO-3 prefetches along the order of modules that it saw first. A forward without backward
+        is the beginning of a training row's order and leaves it valid; the other way round it is
+        thrown away and recorded anew at every step. The row adds zeros to the gradients.
+        """
+        self._traced = True
+        loss = self._forward(PackedRow.empty().to(self.device), "train", None)
+        self._backward(loss, 1.0, last=False)
+
+    def _whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        if self.settings["zero_optimization"].get("stage") != 3:
+            return nullcontext()
+        from deepspeed.zero import GatheredParameters
+
+        gathered: AbstractContextManager[Any] = GatheredParameters(parameters)
+        return gathered
 
     def _forward(self, row: PackedRow, mode: str, wants: Wants | None) -> Any:
         return self.engine(row, mode, wants)
@@ -258,9 +323,27 @@ def _load(config: Config, model_config: Any) -> Any:
         attention=config.model.attention,
         seed=config.seed,
     )
-    if config.model.gradient_checkpointing:
-        enable_checkpointing(lm)
     return lm
+
+
+def _prepare_blocks(config: Config, lm: Any) -> BlockInputs | None:
+    """Activation checkpointing as configured; the recorder where the forward is to be reused.
+
+    Raises:
+        ValueError: reuse is asked for and the model does not allow it.
+    """
+    if not config.model.gradient_checkpointing:
+        return None
+    if config.step.forward != "separate":
+        try:
+            return install(lm, on_host=config.step.boundaries == "host")
+        except ValueError as error:
+            if config.step.forward == "reuse":
+                raise
+            if os.environ.get("RANK", "0") == "0":
+                print(f"step.forward: separate, because {error}", file=sys.stderr)
+    enable_checkpointing(lm)
+    return None
 
 
 def _optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:

@@ -69,6 +69,6 @@ def _show(name: str, value: float | None) -> str:
         return ""
     if "FLOPs" in name:
         return f"{value:.3e}"
-    if "loss" in name or name.startswith("  ") and "of them" not in name:
+    if "loss" in name or (name.startswith("  ") and "of them" not in name):
         return f"{value:.4f}"
     return f"{value:,.1f}" if "seconds" in name or "of them" in name else f"{value:,.0f}"

@@ -18,7 +18,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.ranks_preload"])
 
 
-def run_ranks(work: Callable[..., Any], world: int, *args: Any, timeout_s: float = 240) -> list[Any]:
+def run_ranks(
+    work: Callable[..., Any], world: int, *args: Any, timeout_s: float = 240
+) -> list[Any]:
     """`work(*args)` on `world` ranks; returns what each rank returned, in rank order.
 
     `work` must be a module-level function. A rank that raises, dies or hangs fails the test.

@@ -36,9 +36,7 @@ def tiny_model(folder: Path, kind: str = "llama", **changes: Any) -> str:
         "initializer_range": 0.1,
         **changes,
     }
-    model = load_model(
-        None, load_config(None, fields), dtype="float32", attention="sdpa", seed=11
-    )
+    model = load_model(None, load_config(None, fields), dtype="float32", attention="sdpa", seed=11)
     model.save_pretrained(folder)  # type: ignore[operator]
     return str(folder)
 
@@ -63,7 +61,8 @@ def tiny_config(path: str, run_dir: Path, **sections: Any) -> Config:
 
 def run_config(config: Config) -> list[dict[str, Any]]:
     """Train it in this process (a rank of a started group, or alone); returns the metrics."""
-    from slap_ds.trainer import prepare, train
+    from slap_ds.run import prepare
+    from slap_ds.trainer import train
 
     torch.manual_seed(123)  # nothing may depend on the global generator
     train(prepare(config))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from slap_ds.data.packing import Candidate, PackedRow, Positions, deal, pack
+from slap_ds.data.packing import Candidate, PackedRow, Positions, pack
 from slap_ds.data.store import TokenStore
 
 
@@ -57,8 +57,3 @@ class CandidateBatch:
             weight = float(weights[i]) if len(weights) else 1.0
             picked.append(Candidate(int(position), sample.ids, sample.mask, weight))
         return pack(picked, row_tokens)
-
-    def share(self, positions: Positions, rank: int, world: int) -> Positions:
-        """Which of `positions` a rank takes when they are dealt out by token count."""
-        share: Positions = positions[deal(self.lengths[positions], world)[rank]]
-        return share

@@ -10,6 +10,7 @@ in transformers' attention (no attention mask, no cache).
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,15 +34,35 @@ class PackedRow(NamedTuple):
     position_ids: Tensor  # (1, T) int64, restarting at 0 with every sample
     targets: Tensor  # (T,) int64: the next token where it is trained, else IGNORE
     sample: Tensor  # (T,) int64 in [0, n): which sample of this row a token belongs to
-    positions: Tensor  # (n,) int64: each sample's position in the candidate batch
+    cu_seqlens: Tensor  # (n + 1,) int32: where samples begin, and T
     weights: Tensor  # (n,) float32: each sample's weight in the loss
+    lengths: tuple[int, ...]  # tokens of each sample; (1,) in an empty row
+    where: tuple[int, ...]  # (n,) each sample's position in the candidate batch
 
     @property
     def tokens(self) -> int:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> PackedRow:
-        return PackedRow(*(part.to(device, non_blocking=True) for part in self))
+        *tensors, lengths, where = self
+        return PackedRow(*(t.to(device, non_blocking=True) for t in tensors), lengths, where)
+
+    @property
+    def positions(self) -> Tensor:
+        """(n,) int64 on the CPU: `where` as a tensor."""
+        return torch.tensor(self.where, dtype=torch.int64)
+
+    @staticmethod
+    def empty() -> PackedRow:
+        """A row without samples: one token that trains nothing.
+
+        Under ZeRO-3 every forward is a collective; a rank that runs out of samples runs this.
+        """
+        zero = torch.zeros(1, dtype=torch.int64)
+        ends = torch.tensor([0, 1], dtype=torch.int32)
+        return PackedRow(
+            zero[None], zero[None], zero + IGNORE, zero, ends, torch.zeros(0), (1,), ()
+        )
 
 
 @dataclass(frozen=True)
@@ -111,19 +132,11 @@ def make_row(samples: Sequence[Candidate]) -> PackedRow:
         position_ids=_int64(np.concatenate([np.arange(n) for n in lengths]))[None],
         targets=_int64(np.concatenate(targets)),
         sample=_int64(np.repeat(np.arange(len(samples)), lengths)),
-        positions=torch.tensor([s.position for s in samples], dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         weights=torch.tensor([s.weight for s in samples], dtype=torch.float32),
+        lengths=tuple(lengths),
+        where=tuple(s.position for s in samples),
     )
-
-
-def empty_row() -> PackedRow:
-    """A row without samples: one token that trains nothing.
-
-    Under ZeRO-3 every forward is a collective; a rank that runs out of samples runs this instead.
-    """
-    zero = torch.zeros(1, dtype=torch.int64)
-    none = torch.zeros(0, dtype=torch.int64)
-    return PackedRow(zero[None], zero[None], zero + IGNORE, zero, none, none.float())
 
 
 def _int64(array: npt.NDArray[np.integer]) -> Tensor:

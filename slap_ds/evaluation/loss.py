@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from slap_ds.comm import Comm
-from slap_ds.data.packing import Candidate, deal, empty_row, pack
+from slap_ds.data.packing import Candidate, PackedRow, deal, pack
 from slap_ds.data.store import TokenStore
 from slap_ds.engine import Engine
 from slap_ds.scoring import Wants
@@ -35,7 +35,7 @@ def evaluate_loss(
     samples = [Candidate(int(i), store[int(i)].ids, store[int(i)].mask) for i in mine]
     rows = pack(samples, row_tokens)
     most = int(comm.exchange(step, "evaluation rows", [len(rows)]).max())
-    rows += [empty_row()] * (most - len(rows))
+    rows += [PackedRow.empty()] * (most - len(rows))
     scores = engine.score(rows, Wants())
     position = scores.positions.cpu().numpy()
     loss, tokens = scores.loss.double().cpu().numpy(), scores.tokens.cpu().numpy()

@@ -9,82 +9,158 @@ weight is gathered, with the hooks of ordinary training.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from slap_ds.data.packing import PackedRow
-from slap_ds.scoring import HeadScores, Wants, WeightedTokenLoss, score_head
+from slap_ds.models.reuse import BlockInputs
+from slap_ds.scoring import (
+    Head,
+    HeadScores,
+    Recorded,
+    Tail,
+    Wants,
+    WeightedTokenLoss,
+    recorded,
+    score_head,
+    score_tail,
+    token_subset,
+)
 
-# What some architectures do to their logits after the head, which the closed form leaves out.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+class LogitMap(NamedTuple):
+    """What some architectures do to their logits: cap * tanh(scale * logits / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitMap:
+        """From a transformers config: Cohere multiplies, Granite divides, Gemma 2 caps."""
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
 class PackedCausalLM(nn.Module):
     """Wraps a transformers causal LM; the one root module that the engine runs.
 
     Raises:
-        ValueError: the architecture changes its logits after the head, or has no plain head.
+        ValueError: the model has no plain linear head.
     """
 
-    def __init__(self, lm: Any, chunk_tokens: int) -> None:
+    def __init__(self, lm: Any, chunk_tokens: int, block_inputs: BlockInputs | None = None) -> None:
         super().__init__()
-        changes = {
-            name: value
-            for name in _LOGIT_CHANGES
-            if (value := getattr(lm.config, name, None)) not in (None, 1, 1.0)
-        }
         head = lm.get_output_embeddings()
-        if changes or not isinstance(head, nn.Linear):
+        if not isinstance(head, nn.Linear):
             raise ValueError(
-                f"{type(lm).__name__} has no plain linear head"
-                + (f" (its config sets {changes})" if changes else "")
-                + ": its loss and curvature are not those of the closed form"
+                f"{type(lm).__name__} has no plain linear head: its loss and curvature are not "
+                "those of the closed form"
             )
+        self.logits = LogitMap.of(lm.config.get_text_config())
+        self.tail: Tail | None = None  # set by the engine where scoring needs the last blocks
         self.lm = lm
         self.chunk_tokens = chunk_tokens
+        self.block_inputs = block_inputs
         # `lm` keeps its own module tree, so that saved names are transformers' names.
         self._head = (head,)
-        head.forward = _run_with_weight(head)
+        head.forward = _run_with_weight(head)  # type: ignore[method-assign]
 
     def forward(
         self, row: PackedRow, mode: Literal["score", "train"], wants: Wants | None = None
     ) -> Any:
         """`score`: HeadScores of the row's samples as a tuple. `train`: the weighted sum of the
         row's token losses, a scalar to run backward on."""
-        hidden = self.lm.base_model(
-            input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False
-        ).last_hidden_state[0]
+        if self.block_inputs is not None:
+            self.block_inputs.enter(row)
+        with self._recorder(wants) as record:
+            hidden = self.lm.base_model(
+                input_ids=row.input_ids,
+                position_ids=row.position_ids,
+                use_cache=False,
+                **_structure(self.lm.config, row),
+            ).last_hidden_state[0]
         (head,) = self._head
         if mode == "train":
             return head(hidden, lambda h, w, b: self._train(h, w, b, row))
         assert wants is not None
-        scores: HeadScores = head(hidden, lambda h, w, b: self._score(h, w, b, row, wants))
+        scores: HeadScores = head(hidden, lambda h, w, b: self._score(h, w, b, row, wants, record))
         return scores
 
     def _train(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, row: PackedRow) -> Tensor:
         # A row without samples (n = 0) has one token of weight 0.
         token_weight = row.weights[row.sample] if len(row.weights) else row.sample.float()
-        loss: Tensor = WeightedTokenLoss.apply(
-            hidden, weight, bias, row.targets, token_weight, self.chunk_tokens
+        scale, cap = self.logits
+        scaled = hidden if scale == 1 else hidden * scale
+        loss: Tensor = WeightedTokenLoss.apply(  # type: ignore[no-untyped-call]
+            scaled, weight, bias, row.targets, token_weight, self.chunk_tokens, cap
         )
         return loss
 
     def _score(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, row: PackedRow, wants: Wants
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row: PackedRow,
+        wants: Wants,
+        record: Recorded | None,
     ) -> HeadScores:
-        return score_head(
+        scale, cap = self.logits
+        head = Head(weight, bias, cap)
+        kept = None
+        if wants.token_share < 1 and row.where:
+            position = row.positions.to(row.sample.device)[row.sample]
+            offset = row.position_ids[0]
+            kept = token_subset(wants.seed, wants.step, position, offset, wants.token_share)
+        scores = score_head(
             hidden,
-            weight,
-            bias,
+            head,
             row.targets,
             row.sample,
-            len(row.positions),
-            gradient=wants.gradient,
-            diagonal=wants.diagonal,
+            len(row.where),
+            wants,
             chunk_tokens=self.chunk_tokens,
+            scale=scale,
+            kept=kept,
         )
+        if record is None:
+            return scores
+        assert self.tail is not None
+        return score_tail(
+            self.tail,
+            record,
+            head,
+            row.targets,
+            row.sample,
+            scores,
+            wants,
+            chunk_tokens=self.chunk_tokens,
+            scale=scale,
+        )
+
+    def _recorder(self, wants: Wants | None) -> AbstractContextManager[Recorded | None]:
+        if wants is None or not wants.blocks:
+            return nullcontext()
+        return recorded(self.lm, wants.blocks)
+
+
+def _structure(config: Any, row: PackedRow) -> dict[str, Any]:
+    """What attentions that don't read `position_ids` need to keep samples apart."""
+    if config._attn_implementation == "packed":
+        return {"sample_lengths": row.lengths, "cu_seq_lens_q": row.cu_seqlens}
+    if config._attn_implementation.startswith("flash_attention"):
+        ends, longest = row.cu_seqlens, max(row.lengths)
+        return {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    return {}
 
 
 def _run_with_weight(head: nn.Linear) -> Callable[..., Any]:
@@ -107,18 +183,18 @@ def block_flops(model_config: Any, parameters: int, lengths: Sequence[int]) -> f
     """
     text = model_config.get_text_config()
     tied = bool(getattr(model_config, "tie_word_embeddings", False))
-    blocks = parameters - text.vocab_size * text.hidden_size * (1 if tied else 2)
+    blocks: float = parameters - text.vocab_size * text.hidden_size * (1 if tied else 2)
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     squares = float(sum(int(n) ** 2 for n in lengths))
-    attention = 2.0 * text.num_hidden_layers * heads * head_dim * squares
+    attention: float = 2.0 * text.num_hidden_layers * heads * head_dim * squares
     return 2.0 * blocks * float(sum(lengths)) + attention
 
 
 def head_flops(model_config: Any, response_tokens: int) -> float:
     """FLOPs of one (T, E) x (E, V) product at the head; only response tokens meet it."""
     text = model_config.get_text_config()
-    return 2.0 * text.vocab_size * text.hidden_size * response_tokens
+    return 2.0 * float(text.vocab_size * text.hidden_size * response_tokens)
 
 
 def count_parameters(lm: nn.Module) -> int:

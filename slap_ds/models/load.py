@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import slap_ds.models.attention  # noqa: F401  (registers the "packed" attention)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -100,13 +101,13 @@ def load_model(
     """
     model_config.use_cache = False
     torch.manual_seed(seed)
+    settings = {"dtype": DTYPES[dtype], "attn_implementation": attention}
+    model: torch.nn.Module
     if path is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            path, config=model_config, dtype=DTYPES[dtype], attn_implementation=attention
-        )
-    return AutoModelForCausalLM.from_config(
-        model_config, dtype=DTYPES[dtype], attn_implementation=attention
-    )
+        model = AutoModelForCausalLM.from_pretrained(path, config=model_config, **settings)
+    else:
+        model = AutoModelForCausalLM.from_config(model_config, **settings)
+    return model
 
 
 def _looks_local(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from slap_ds.selection.balance import select_balanced
 from slap_ds.selection.base import ScoredBatch, Selection, Selector, Signal, select
 from slap_ds.selection.simple import Full, Hard, Random
 from slap_ds.selection.slap import Slap
@@ -45,4 +46,5 @@ __all__ = [
     "Signal",
     "make_selector",
     "select",
+    "select_balanced",
 ]

@@ -51,6 +51,7 @@ class Selector(Protocol):
     """One selection method. `needs` says what the scorer has to compute for it."""
 
     needs: frozenset[Signal]
+    takes_quotas: bool  # whether `select` honours the batch's groups and quotas
 
     def select(self, batch: ScoredBatch, budget: int, generator: Generator) -> Selection:
         """Pick exactly `budget` of the batch's candidates, 1 <= budget <= N."""
@@ -64,6 +65,8 @@ class Selector(Protocol):
 class Stateless:
     """For selectors that remember nothing."""
 
+    takes_quotas = False
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -71,9 +74,7 @@ class Stateless:
         assert not state, f"{type(self).__name__} keeps no state, found {sorted(state)}"
 
 
-def select(
-    selector: Selector, batch: ScoredBatch, budget: int, generator: Generator
-) -> Selection:
+def select(selector: Selector, batch: ScoredBatch, budget: int, generator: Generator) -> Selection:
     """Run `selector` on the candidates whose scores are finite.
 
     NaN or infinite scores come from broken samples (no response token, overflow). Argmax and top-k

@@ -34,8 +34,17 @@ class Random(Stateless):
 class Hard(Stateless):
     """The M largest losses; ties go to the lower position."""
 
+    takes_quotas = True
     needs: frozenset[Signal] = frozenset({"loss"})
 
     def select(self, batch: ScoredBatch, budget: int, generator: Generator) -> Selection:
         order = torch.argsort(batch.loss.cpu(), descending=True, stable=True)
+        if batch.groups is not None and batch.quotas is not None:
+            room, kept = batch.quotas.tolist(), []
+            for i in order.tolist():
+                group = int(batch.groups[i])
+                if room[group] > 0:
+                    room[group] -= 1
+                    kept.append(i)
+            order = torch.tensor(kept)
         return unweighted(order[:budget])

@@ -26,6 +26,7 @@ class Slap(Stateless):
     budgets: Literal["sampled", "expected"] = "sampled"
     temperature: float = 1.0
     across_strata: bool = True
+    takes_quotas = True
     needs: frozenset[Signal] = frozenset({"loss", "sketch"})
 
     def select(self, batch: ScoredBatch, budget: int, generator: Generator) -> Selection:

@@ -56,7 +56,9 @@ def test_gather_is_exact_and_in_order(world, uneven):
 
 def picks_work():
     c = comm()
-    mine = Selection(torch.tensor([4, 0, 7]), torch.tensor([1.0, 0.5, 2.0])) if c.rank == 0 else None
+    mine = (
+        Selection(torch.tensor([4, 0, 7]), torch.tensor([1.0, 0.5, 2.0])) if c.rank == 0 else None
+    )
     return c.broadcast_picks(5, mine)
 
 

@@ -9,7 +9,8 @@ import torch
 
 from slap_ds.config import Config
 from slap_ds.data.stream import CandidateStream
-from slap_ds.trainer import learning_rate, read_inputs
+from slap_ds.run import read_inputs
+from slap_ds.trainer import learning_rate
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 

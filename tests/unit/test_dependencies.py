@@ -11,6 +11,7 @@ BETWEEN = {
     "progress": 0.5,
     "checkpoint": 6.5,
     "evaluation": 6.5,
+    "run": 6.7,
     "export": 6.5,
     "report": 6.5,
 }
@@ -46,9 +47,9 @@ def test_modules_import_only_to_their_left():
             if not module.startswith("slap_ds"):
                 continue
             target = room(module)
-            if target in LEAVES or not (PACKAGE / target).exists() and not (
-                PACKAGE / f"{target}.py"
-            ).exists():
+            if target in LEAVES or (
+                not (PACKAGE / target).exists() and not (PACKAGE / f"{target}.py").exists()
+            ):
                 continue
             assert name not in LEAVES, f"{path.name} is a leaf and imports {module}"
             assert place(name) is not None, f"give {name} a place in the order"

@@ -165,5 +165,5 @@ def test_broken_candidates_are_never_picked():
 
 
 def test_unknown_method_lists_the_known():
-    with pytest.raises(ValueError, match="slapp.*full, hard, random, slap"):
+    with pytest.raises(ValueError, match=r"slapp.*full, hard, random, slap"):
         make_selector({**OPTIONS, "method": "slapp"})

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slap_ds.data.packing import Candidate, deal, empty_row, pack
+from slap_ds.data.packing import Candidate, PackedRow, deal, pack
 from slap_ds.data.stream import CandidateStream
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=60)
@@ -99,7 +99,7 @@ def test_a_sample_longer_than_a_row_is_refused():
 
 
 def test_an_empty_row_trains_nothing():
-    row = empty_row()
+    row = PackedRow.empty()
     assert row.tokens == 1
     assert (row.targets < 0).all()
     assert len(row.positions) == len(row.weights) == 0

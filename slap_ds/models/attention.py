@@ -1,0 +1,103 @@
+"""Attention over packed rows, sample by sample: `packed`, an attention of transformers' registry.
+
+A mask over a whole row costs T * T whatever is in it, and its sums depend on what else the row
+holds. Here every sample attends to itself alone: the cost is the sum of len^2, and a sample's
+values are the same in whatever row it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+try:  # torch >= 2.10
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+NAME = "packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sample_lengths: Sequence[int],
+    cu_seq_lens_q: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each sample of one row.
+
+    Args:
+        query: (1, H, T, d); key, value: (1, H_kv, T, d), H a multiple of H_kv.
+        sample_lengths: tokens of each sample, in row order; they sum to T.
+        cu_seq_lens_q: (n + 1,) int32, their running sum from 0.
+        sliding_window: a token sees itself and this many minus one before it; None: all.
+
+    Returns: (1, T, H, d).
+    """
+    assert attention_mask is None, "packed attention takes its structure from the samples' lengths"
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half and varlen_attn is not None and not dropout:
+        packed: Any = varlen_attn
+        out = packed(
+            *(x[0].transpose(0, 1).contiguous() for x in _same_heads(query, key, value)),
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max(sample_lengths),
+            max(sample_lengths),
+            scale=scaling,
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        )
+        return out[None], None
+    parts = []
+    for q, k, v in zip(
+        query.split(list(sample_lengths), 2),
+        key.split(list(sample_lengths), 2),
+        value.split(list(sample_lengths), 2),
+        strict=True,
+    ):
+        mask = _window(q.shape[2], sliding_window, q.device)
+        out = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        parts.append(out.transpose(1, 2))
+    return torch.cat(parts, 1), None
+
+
+def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Repeat the key and value heads up to the query's; not every build's kernel shares them."""
+    times = query.shape[1] // key.shape[1]
+    if times == 1:
+        return query, key, value
+    return query, key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+
+
+def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """(len, len) bool, True where seen; None where plain causal attention is the same."""
+    if window is None or length <= window:
+        return None
+    distance = torch.arange(length, device=device)
+    distance = distance[:, None] - distance
+    return (distance >= 0) & (distance < window)
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,222 @@
+"""What a run is made of: inputs, engine, stream, scorer, selector; fresh or resumed.
+
+    run = prepare(config)      # every mistake of the user's is told before the first step
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from slap_ds import checkpoint as checkpoints
+from slap_ds.comm import Comm
+from slap_ds.config import Config, SelectionConfig, resolve_deepspeed, write_config
+from slap_ds.data.store import TokenStore, build_store
+from slap_ds.data.stream import CandidateStream
+from slap_ds.data.templates import make_template
+from slap_ds.engine import Engine, make_engine, start_ranks, write_deepspeed
+from slap_ds.models.load import check_fit, load_config, load_tokenizer
+from slap_ds.scoring import Scorer, ScoringPlan
+from slap_ds.selection import Selector, make_selector
+
+T = TypeVar("T")
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank has already said what is wrong; this one only leaves."""
+
+
+@dataclass
+class Inputs:
+    """What a run reads, before any weight is made."""
+
+    model_config: Any
+    tokenizer: Any
+    train: TokenStore
+    eval: TokenStore | None
+
+
+@dataclass
+class Run:
+    """Everything a step needs."""
+
+    config: Config
+    comm: Comm
+    inputs: Inputs
+    engine: Engine
+    stream: CandidateStream
+    scorer: Scorer
+    selector: Selector
+    start_step: int = 0
+    totals: dict[str, float] = field(default_factory=dict)  # sums over all steps, kept on resume
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def balance(self) -> str:
+        """How picks are spread over ranks, `auto` and selectors without quotas resolved."""
+        wanted = self.config.step.balance
+        if wanted == "auto":
+            wanted = "quota" if self.engine.can_reuse else "deal"
+        if wanted == "quota" and not self.selector.takes_quotas:
+            return "none"
+        return wanted
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to fit."""
+        return {"data_fingerprint": self.inputs.train.fingerprint, "seed": self.config.seed}
+
+
+def prepare(config: Config) -> Run:
+    """Join the other ranks, read the data, build the engine and resume.
+
+    Raises:
+        ValueError, FileNotFoundError: a mistake of the user's, in one line.
+    """
+    make_selector(config.selection.model_dump())
+    comm = start_ranks(config)
+    run_dir = Path(config.run_dir)
+    newest = _newest_checkpoint(config)
+    inputs = first_on_each_node(comm, "data", lambda: read_inputs(config))
+    comm.agree(-1, "the training data", inputs.train.fingerprint)
+    stream, scorer, selector = make_parts(config, inputs.train)
+    facts = {"data_fingerprint": inputs.train.fingerprint, "seed": config.seed}
+    if newest is not None:
+        checkpoints.check_matches(newest, comm.world, facts)
+    engine = make_engine(config, inputs.model_config, comm)
+    run = Run(config, comm, inputs, engine, stream, scorer, selector)
+    if newest is not None:
+        state = checkpoints.load(newest, engine, comm, run.facts)
+        run.start_step = newest.step
+        stream.load_state_dict(state["stream"])
+        scorer.load_state_dict(state["scorer"])
+        selector.load_state_dict(state["selector"])
+        run.totals = dict(state["totals"])
+    comm.agree(run.start_step, "the checkpoint to resume from", str(run.start_step))
+    if comm.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(config, run_dir / "config.yaml")
+        write_deepspeed(engine, run_dir / "deepspeed.json")
+    return run
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Tokenizer, model config and token stores, checked against each other."""
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
+    model_config = load_config(config.model.path, config.model.config)
+    check_fit(model_config, tokenizer, config.data.max_tokens)
+    template = make_template(config.data.template, tokenizer)
+    run_dir = Path(config.run_dir)
+
+    def store(paths: list[str], rejects: str) -> TokenStore:
+        data = config.data
+        return build_store(
+            paths,
+            format=data.format,
+            template=template,
+            max_tokens=data.max_tokens,
+            over_length=data.over_length,
+            cache_dir=_cache_dir(config),
+            max_reject_share=data.max_reject_share,
+            rejects_path=run_dir / rejects,
+        )
+
+    train = store(config.data.train, "rejects.jsonl")
+    held_out = store(config.data.eval, "rejects-eval.jsonl") if config.data.eval else None
+    return Inputs(model_config, tokenizer, train, held_out)
+
+
+def make_parts(config: Config, store: TokenStore) -> tuple[CandidateStream, Scorer, Selector]:
+    """The stream, scorer and selector of a configuration, in their starting state."""
+    stream = CandidateStream(
+        len(store), config.batch.candidates, config.seed, steps=config.steps, epochs=config.epochs
+    )
+    selector = make_selector(config.selection.model_dump())
+    scorer = Scorer(ScoringPlan(config.scoring, selector.needs, config.seed))
+    return stream, scorer, selector
+
+
+def dry_run(config: Config) -> dict[str, Any]:
+    """Everything short of weights: returns what the run would do, for printing.
+
+    Raises:
+        ValueError, FileNotFoundError: what `prepare` would raise.
+    """
+    make_selector(config.selection.model_dump())
+    inputs = read_inputs(config)
+    stream, _, _ = make_parts(config, inputs.train)
+    text = inputs.model_config.get_text_config()
+    if config.engine.kind == "deepspeed":
+        resolve_deepspeed(config, 1, text.hidden_size)
+    budget = budget_at(len(stream) // 2, len(stream), config.batch.candidates, config.selection)
+    return {
+        "training samples": len(inputs.train),
+        "evaluation samples": len(inputs.eval) if inputs.eval else 0,
+        "tokens": int(inputs.train.lengths.sum()),
+        "trained tokens": int(inputs.train.trained_tokens.sum()),
+        "rejected rows": inputs.train.counts.rejected,
+        "steps": len(stream),
+        "candidates per step": config.batch.candidates,
+        "trained per step": budget,
+        "epochs of candidates": round(stream.total / len(inputs.train), 2),
+        "model": f"{inputs.model_config.model_type}, {text.num_hidden_layers} blocks of width "
+        f"{text.hidden_size}, vocabulary {text.vocab_size}",
+    }
+
+
+def budget_at(step: int, steps: int, candidates: int, selection: SelectionConfig) -> int:
+    """M at `step`: round(keep * N), or all N in the warm-up and cool-down and for `full`."""
+    warm = step < selection.warmup * steps
+    cool = step >= steps - selection.cooldown * steps
+    if warm or cool or selection.method == "full":
+        return candidates
+    return max(1, round(selection.keep * candidates))
+
+
+def first_on_each_node(comm: Comm, phase: str, work: Callable[[], T]) -> T:
+    """Run `work` on one rank of each node, then on the others, which find its results on disk.
+
+    Raises:
+        OtherRankFailed: the first rank's `work` raised there; only that rank reports it.
+    """
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    result, failure = None, None
+    for turn in (True, False):
+        if first == turn:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        failed = comm.exchange(-1, phase, [failure is not None])[:, 0]
+        if failure is not None:
+            raise failure
+        if failed.any():
+            raise OtherRankFailed(f"{phase}: ranks {failed.nonzero()[0].tolist()} failed")
+    assert result is not None
+    return result
+
+
+def _cache_dir(config: Config) -> Path:
+    fallback = Path.home() / ".cache" / "slap_ds"
+    return Path(config.data.cache_dir or os.environ.get("SLAP_CACHE_DIR") or fallback)
+
+
+def _newest_checkpoint(config: Config) -> checkpoints.Checkpoint | None:
+    run_dir, resume = Path(config.run_dir), config.checkpoint.resume
+    found = checkpoints.find(run_dir)
+    if resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
+        raise ValueError(
+            f"run_dir {config.run_dir!r} holds an earlier run and checkpoint.resume is never: "
+            "choose another run_dir, or resume"
+        )
+    if resume == "must" and not found:
+        raise ValueError(
+            f"checkpoint.resume is must, but {config.run_dir!r} holds no whole checkpoint"
+        )
+    return found[-1] if found else None
