@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.functional import linear, silu
 
+from slap_ds.data.formats import Message
+
 REPO = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SLAP_DATA_DIR", REPO / ".." / "shared" / "data"))
 GLM4_WORDS = (
@@ -214,14 +216,20 @@ def demo_texts() -> tuple[str, ...]:
 
 
 @cache
-def real_texts() -> tuple[str, ...]:
-    """Messages from every file of the shared data; empty where there is none."""
+def real_conversations() -> tuple[tuple[Message, ...], ...]:
+    """Conversations from every file of the shared data; none where there is no data."""
     found = []
     for path in sorted(DATA.glob("*/*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
             for _, line in zip(range(60), file, strict=False):
-                found += [message["content"] for message in json.loads(line)["messages"]]
+                messages = json.loads(line)["messages"]
+                found.append(tuple(Message(m["role"], m["content"]) for m in messages))
     return tuple(found)
+
+
+@cache
+def real_texts() -> tuple[str, ...]:
+    return tuple(message.content for talk in real_conversations() for message in talk)
 
 
 @cache
