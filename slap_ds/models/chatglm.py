@@ -197,7 +197,7 @@ def _to_original(
         _say(
             console,
             f"{src} has no {KEPT} folder: copy tokenizer.model and the code files of the published "
-            f"checkpoint into {dst}",
+            "checkpoint into the new folder",
         )
     write_json(dst / "config.json", {**original, "torch_dtype": _name(dtype)})
 
