@@ -17,7 +17,8 @@ try:
 except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-build = runpy.run_path(str(Path(__file__).resolve().parent / "csrc" / "build.py"))
+ROOT = Path(__file__).resolve().parent
+build = runpy.run_path(str(ROOT / "csrc" / "build.py"))
 CPU, CUDA = "slap_ds.ops._slap_fps", "slap_ds.ops._slap_fps_cuda"
 
 
@@ -31,9 +32,7 @@ class BuildNative(build_ext):
         # an old library.
         target.unlink(missing_ok=True)
         if self.inplace or getattr(self, "editable_mode", False):
-            Path(__file__).resolve().with_name(self.get_ext_filename(ext.name)).unlink(
-                missing_ok=True
-            )
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         try:
             if ext.name == CPU:
                 build["build_cpu"](target)

@@ -11,9 +11,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
@@ -157,6 +160,7 @@ class Selection {
         kernels_(kernels),
         threads_(threads),
         block_(block),
+        pool_size_(std::min(kLanes, block)),
         rows_(problem),
         squared_(problem.n, std::numeric_limits<float>::infinity()),
         room_(problem.quotas, problem.quotas + problem.g),
@@ -190,6 +194,8 @@ class Selection {
         squared_[new_[i]] = -1.0f;
       }
       left[stratum] -= static_cast<int64_t>(new_.size());
+      // The first rounds are short, as one pick shrinks many distances: they need no large pool.
+      pool_size_ = std::clamp(2 * static_cast<int>(new_.size()), std::min(kLanes, block_), block_);
       std::vector<int32_t>& rest = unpicked[stratum];
       rest.erase(std::remove_if(rest.begin(), rest.end(),
                                 [this](int32_t i) { return squared_[i] < 0.0f; }),
@@ -222,11 +228,11 @@ class Selection {
     for (const int32_t i : candidates) {
       if (IsOpen(i)) keys_.push_back(Key(squared_[i], i));
     }
-    if (static_cast<int64_t>(keys_.size()) > block_) {
-      std::nth_element(keys_.begin(), keys_.begin() + block_, keys_.end(),
+    if (static_cast<int64_t>(keys_.size()) > pool_size_) {
+      std::nth_element(keys_.begin(), keys_.begin() + pool_size_, keys_.end(),
                        std::greater<uint64_t>());
-      beyond_ = keys_[block_];
-      keys_.resize(block_);
+      beyond_ = keys_[pool_size_];
+      keys_.resize(pool_size_);
     }
     for (const uint64_t key : keys_) pool_.push_back(KeyIndex(key));
     std::sort(pool_.begin(), pool_.end());
@@ -316,8 +322,10 @@ class Selection {
     const int count = static_cast<int>(new_.size());
     const int64_t size = static_cast<int64_t>(targets_.size());
     for (int j = 0; j < count; ++j) pick_rows_.Set(j, rows_[new_[j]], 0);
-    const bool filter = has_filter_ && unfiltered_rounds_ == 0;
-    unfiltered_rounds_ = std::max(0, unfiltered_rounds_ - 1);
+    // A first pick shrinks every distance; after a round that the bound could not tell apart, it
+    // rests.
+    const bool filter = has_filter_ && !filter_rests_ && std::isfinite(new_squared_[0]);
+    filter_rests_ = false;
     if (filter) {
       for (int j = 0; j < count; ++j) {
         pick_q_.Set(j, q_.get() + new_[j] * q_stride_, 0x80808080u);  // unsigned + 128 to signed
@@ -345,8 +353,7 @@ class Selection {
       kernels_.shrink(scratch.acc.get(), count, current);
       for (int lane = 0; lane < lanes; ++lane) squared_[points[lane]] = current[lane];
     }
-    // On data that the bound cannot tell apart the filter is given up for a while.
-    if (filter && suspects > size * count / 6) unfiltered_rounds_ = 4;
+    filter_rests_ = filter && suspects > size * count / 6;
   }
 
   int FindSuspects(Scratch& scratch, const int32_t* points, int lanes, int count) const {
@@ -358,7 +365,8 @@ class Selection {
       bounds.norm[lane] = lane < lanes ? q.norm : 1e38f;  // a missing lane is never a suspect
       // The chain may come out below the true square by a factor of (1 - 2^-24)^(d + 3).
       const double slack = 1.0 + (p_.d + 32) * 0x1p-24;
-      bounds.reach[lane] = static_cast<float>((__builtin_sqrt(squared) + q.rest) * slack);
+      const double reach = (__builtin_sqrt(squared) + q.rest) * slack;
+      bounds.reach[lane] = lane < lanes ? static_cast<float>(reach) : 0.0f;
     }
     int32_t* acc = reinterpret_cast<int32_t*>(scratch.acc.get());
     for (int j = 0; j < count; ++j) {
@@ -428,7 +436,8 @@ class Selection {
   const SlapFpsProblem& p_;
   const Kernels& kernels_;
   const int threads_;
-  const int block_;
+  const int block_;  // the largest pool
+  int pool_size_;
   const Rows rows_;
   std::vector<float> squared_;  // -1: picked
   std::vector<int64_t> room_;   // picks left, by group
@@ -445,7 +454,7 @@ class Selection {
   Buffer<int32_t> pool_bits_;
 
   bool has_filter_ = false;
-  int unfiltered_rounds_ = 0;
+  bool filter_rests_ = false;
   int64_t q_stride_ = 0;
   Buffer<uint8_t> q_;
   std::vector<Quantised> bounds_;

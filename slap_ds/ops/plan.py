@@ -21,16 +21,13 @@ MAX_DIMENSIONS = 65536
 class Plan:
     """A checked request. Tensors are contiguous, int64, on the CPU."""
 
-    budgets: Tensor  # (K,), their sum is M >= 1
+    picks: int  # M >= 1, the sum of the budgets
+    budgets: Tensor  # (K,)
     first: int
     across_strata: bool
     strata: Tensor | None  # (N,) in [0, K)
     groups: Tensor | None  # (N,) in [0, G)
     quotas: Tensor | None  # (G,)
-
-    @property
-    def picks(self) -> int:
-        return int(self.budgets.sum())
 
 
 def check(
@@ -45,33 +42,31 @@ def check(
     """Turn arguments into a `Plan`, or raise a ValueError: what is wrong, what was expected."""
     n = _check_features(features)
     budgets = _ids(budgets, "budgets", None)
-    k = budgets.numel()
+    wanted = budgets.tolist()  # K is small: Python's integers are quicker than tensors of it
+    k, m = len(wanted), sum(wanted)
     if k == 0:
         raise ValueError("budgets: found none, expected (K,) with K >= 1; pass one a stratum.")
-    if int(budgets.min()) < 0:
-        raise ValueError(f"budgets: found {int(budgets.min())}, expected values >= 0.")
-    m = int(budgets.sum())
+    if min(wanted) < 0:
+        raise ValueError(f"budgets: found {min(wanted)}, expected values >= 0.")
     if m == 0:
         raise ValueError("budgets: they sum to 0, expected at least 1 pick; skip the call instead.")
 
     if strata is None and k != 1:
-        raise ValueError(
-            f"strata: found None with {k} budgets; pass each point's stratum, or one budget."
-        )
+        raise ValueError(f"strata: found None with {k} budgets; pass each point's stratum.")
     if strata is not None:
         strata = _ids(strata, "strata", n)
         _check_range(strata, "strata", k, "budgets")
-    sizes = torch.tensor([n]) if strata is None else torch.bincount(strata, minlength=k)
-    if bool((budgets > sizes).any()):
-        worst = int((budgets - sizes).argmax())
-        raise ValueError(
-            f"budgets[{worst}]: found {int(budgets[worst])}, expected at most {int(sizes[worst])}, "
-            f"the size of stratum {worst}; lower it."
-        )
+    sizes = [n] if strata is None else torch.bincount(strata, minlength=k).tolist()
+    for stratum, (budget, size) in enumerate(zip(wanted, sizes, strict=True)):
+        if budget > size:
+            raise ValueError(
+                f"budgets[{stratum}]: found {budget}, expected at most {size}, the size of stratum "
+                f"{stratum}; lower it."
+            )
 
     if not 0 <= first < n:
         raise ValueError(f"first: found {first}, expected an index in [0, {n}).")
-    opening = int((budgets > 0).to(torch.int64).argmax())
+    opening = next(stratum for stratum, budget in enumerate(wanted) if budget > 0)
     if strata is not None and int(strata[first]) != opening:
         raise ValueError(
             f"first: point {first} lies in stratum {int(strata[first])}, expected stratum "
@@ -83,7 +78,7 @@ def check(
     if groups is not None and quotas is not None:
         groups, quotas = _ids(groups, "groups", n), _ids(quotas, "quotas", None)
         _check_quotas(groups, quotas, m, first)
-    return Plan(budgets, first, across_strata, strata, groups, quotas)
+    return Plan(m, budgets, first, across_strata, strata, groups, quotas)
 
 
 def _check_features(features: Tensor) -> int:
