@@ -1,6 +1,6 @@
 """What a run is made of: inputs, engine, stream, scorer, selector; fresh or resumed.
 
-    run = prepare(config)      # every mistake of the user's is told before the first step
+run = prepare(config)      # every mistake of the user's is told before the first step
 """
 
 from __future__ import annotations
@@ -58,11 +58,16 @@ class Run:
         return Path(self.config.run_dir)
 
     @property
+    def reuses(self) -> bool:
+        """Whether the scoring forward serves as the training forward."""
+        return self.engine.can_reuse and self.config.step.forward != "separate"
+
+    @property
     def balance(self) -> str:
         """How picks are spread over ranks, `auto` and selectors without quotas resolved."""
         wanted = self.config.step.balance
         if wanted == "auto":
-            wanted = "quota" if self.engine.can_reuse else "deal"
+            wanted = "quota" if self.reuses else "deal"
         if wanted == "quota" and not self.selector.takes_quotas:
             return "none"
         return wanted

@@ -68,7 +68,7 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
     n = len(batch)
     budget = budget_at(step, len(run.stream), n, config.selection)
     scoring = budget < n and bool(run.selector.needs)
-    reuse = scoring and engine.can_reuse
+    reuse = scoring and run.reuses
     balance = run.balance if scoring else "deal"
     sent_before = comm.bytes_sent
     with watch("step"):

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import slap_ds.models.attention  # noqa: F401  (registers the "packed" attention)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
+
+import slap_ds.models.attention  # noqa: F401  (registers the "packed" attention)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEMO_TOKENIZER = Path(__file__).parent.parent / "data" / "demo"

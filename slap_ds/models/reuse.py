@@ -196,4 +196,3 @@ def _hidden(out: Any) -> Tensor:
     """A block's hidden states; some return them in a tuple."""
     hidden: Tensor = out[0] if isinstance(out, tuple) else out
     return hidden
-

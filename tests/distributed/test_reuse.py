@@ -1,0 +1,137 @@
+"""Forward reuse against the plain two-pass step: the same bits, no more gathers, quotas that hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from slap_ds.config import DEFAULT_DEEPSPEED, Config
+from tests.ranks import run_ranks
+from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
+
+FORMS = {
+    "llama": {},
+    "glm": {},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: tiny_model(folder / name, "glm" if name == "glm" else "llama", **changes)
+        for name, changes in FORMS.items()
+    }
+
+
+def config(model: str, run_dir: Path, forward: str, **sections) -> Config:
+    sections = {"step": {"forward": forward, "balance": "quota"}, **sections}
+    return tiny_config(
+        model,
+        run_dir,
+        model={"gradient_checkpointing": True},
+        batch={"micro_batch_tokens": 256},
+        **sections,
+    )
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    from slap_ds import checkpoint
+    from slap_ds.engine import whole_weights
+
+    return whole_weights(checkpoint.find(run_dir)[-1].folder)
+
+
+@pytest.mark.parametrize("world", [0, 1, 2])
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_reuse_trains_the_same_bits_as_separate(form, world, models, tmp_path):
+    """Loss curve, gradient norms and final weights, several packed rows a step."""
+    found = {}
+    for forward in ("separate", "reuse"):
+        run_dir = tmp_path / forward
+        # 0 ranks: the plain PyTorch engine in this process.
+        kind = {"engine": {"kind": "torch" if world == 0 else "deepspeed"}}
+        c = config(models[form], run_dir, forward, **kind)
+        metrics = run_config(c) if world == 0 else run_ranks(run_config, world, c)[0]
+        train = [r for r in metrics if r["event"] == "train"]
+        assert {r["forward"] for r in train} == {forward}
+        found[forward] = losses(metrics), [r["grad_norm"] for r in train], weights(run_dir)
+    assert picks(tmp_path / "reuse") == picks(tmp_path / "separate")
+    assert found["reuse"][0] == found["separate"][0]
+    assert found["reuse"][1] == found["separate"][1]
+    for name, value in found["separate"][2].items():
+        assert torch.equal(found["reuse"][2][name], value), name
+
+
+@pytest.mark.slow
+def test_fifty_steps_stay_identical(models, tmp_path):
+    curves = {}
+    for forward in ("separate", "reuse"):
+        c = config(models["llama"], tmp_path / forward, forward, steps=50)
+        curves[forward] = losses(run_ranks(run_config, 2, c)[0])
+    assert curves["reuse"] == curves["separate"]
+
+
+def gathers(c: Config) -> dict[str, int]:
+    """Bytes that ZeRO-3 all-gathered in the steps of a run, by DeepSpeed's own logger."""
+    from deepspeed.comm import comm as ds_comm
+
+    from slap_ds.data.batch import CandidateBatch
+    from slap_ds.run import prepare
+    from slap_ds.trainer import train_step
+
+    run = prepare(c)
+    steps = 4
+    log = ds_comm.comms_logger
+    for step in range(steps):
+        if step == 1:  # the first one records the trace
+            log.comms_dict.clear()
+        train_step(run, step, CandidateBatch(run.inputs.train, next(run.stream)))
+    sizes = [
+        (size, entry[0])
+        for name, by_size in log.comms_dict.items()
+        if "all_gather" in name or "allgather" in name
+        for size, entry in by_size.items()
+    ]
+    return {"bytes": sum(s * n for s, n in sizes), "calls": sum(n for _, n in sizes)}
+
+
+def test_reuse_gathers_no_more_than_full_training(models, tmp_path):
+    """Same candidates, same rows: full training with checkpointing against reuse at 40 % pruning."""
+    settings = json.loads(DEFAULT_DEEPSPEED.read_text())
+    settings["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False}
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    found = {}
+    for name, sections in {
+        "full": {"selection": {"method": "full"}},
+        "reuse": {"selection": {"keep": 0.6}},
+    }.items():
+        c = config(
+            models["llama"],
+            tmp_path / name,
+            "reuse",
+            engine={"deepspeed": str(tmp_path / "ds.json")},
+            evaluation={"max_samples": 2},
+            **sections,
+        )
+        found[name] = run_ranks(gathers, 2, c)[0]
+    assert found["full"]["bytes"] > 0
+    assert found["reuse"]["bytes"] <= found["full"]["bytes"], found
+    assert found["reuse"]["calls"] <= found["full"]["calls"], found
+
+
+def test_host_boundaries_change_nothing(models, tmp_path):
+    curves = {}
+    for where in ("device", "host"):
+        c = config(
+            models["llama"],
+            tmp_path / where,
+            "reuse",
+            engine={"kind": "torch"},
+            step={"forward": "reuse", "balance": "none", "boundaries": where},
+        )
+        curves[where] = losses(run_config(c))
+    assert curves["host"] == curves["device"]
