@@ -35,6 +35,16 @@ _FIXED = {
     "apply_residual_connection_post_layernorm": False,
     "hidden_dropout": 0.0,
 }
+_NEEDED = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "padded_vocab_size",
+    "num_attention_heads",
+    "kv_channels",
+    "seq_length",
+    "layernorm_epsilon",
+)
 
 
 @dataclass(frozen=True)
@@ -90,23 +100,22 @@ def check_architecture(config: Mapping[str, Any], src: Path) -> None:
 def read_sizes(config: Mapping[str, Any], src: Path) -> Sizes:
     """Raises ValueError where the config lacks a size or they do not fit together."""
     by_head = not config.get("multi_query_attention", False)
-    heads = "num_attention_heads"
-    try:
-        sizes = Sizes(
-            layers=int(config["num_layers"]),
-            width=int(config["hidden_size"]),
-            inner=int(config["ffn_hidden_size"]),
-            vocab=int(config["padded_vocab_size"]),
-            heads=int(config[heads]),
-            groups=int(config[heads if by_head else "multi_query_group_num"]),
-            head_width=int(config["kv_channels"]),
-            qkv_bias=bool(config.get("add_qkv_bias", False)),
-            by_head=by_head,
-        )
-    except KeyError as error:
+    groups = "num_attention_heads" if by_head else "multi_query_group_num"
+    if lacking := [key for key in (*_NEEDED, groups) if config.get(key) is None]:
         raise ValueError(
-            f"{src}/config.json lacks {error}: is it of ChatGLM2, ChatGLM3 or GLM-4?"
-        ) from None
+            f"{src}/config.json lacks {', '.join(lacking)}: is it of ChatGLM2, ChatGLM3 or GLM-4?"
+        )
+    sizes = Sizes(
+        layers=int(config["num_layers"]),
+        width=int(config["hidden_size"]),
+        inner=int(config["ffn_hidden_size"]),
+        vocab=int(config["padded_vocab_size"]),
+        heads=int(config["num_attention_heads"]),
+        groups=int(config[groups]),
+        head_width=int(config["kv_channels"]),
+        qkv_bias=bool(config.get("add_qkv_bias", False)),
+        by_head=by_head,
+    )
     if sizes.heads % sizes.groups or sizes.head_width % 4:
         raise ValueError(
             f"{src}/config.json has {sizes.heads} heads of width {sizes.head_width} in "

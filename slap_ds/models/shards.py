@@ -49,15 +49,16 @@ def find_shards(folder: Path) -> list[Path]:
     """
     for name in _INDEXES:
         if (folder / name).is_file():
-            names = sorted(set(read_json(folder / name).get("weight_map", {}).values()))
-            if missing := [n for n in names if not (folder / Path(n).name).is_file()]:
+            weight_map = read_json(folder / name).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{folder / name} names no weight file: download it again")
+            files = [folder / Path(file).name for file in sorted(set(weight_map.values()))]
+            if missing := [file.name for file in files if not file.is_file()]:
                 raise FileNotFoundError(
-                    f"{folder} lacks {len(missing)} of the {len(names)} weight files that {name} "
+                    f"{folder} lacks {len(missing)} of the {len(files)} weight files that {name} "
                     f"names ({', '.join(missing[:3])}): download them again"
                 )
-            if names:
-                return [folder / Path(n).name for n in names]
-            raise ValueError(f"{folder / name} names no weight file: download it again")
+            return files
     for name in _SINGLE:
         if (folder / name).is_file():
             return [folder / name]

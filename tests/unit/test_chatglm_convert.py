@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slap_ds.models.chatglm import KEPT, convert_chatglm
 from slap_ds.models.chatglm_layout import glm_config, layout, read_sizes
+from slap_ds.models.glm_tokenizer import build_tokenizer
 from tests import chatglm
 
 VARIANTS = {
@@ -45,6 +46,10 @@ def published(folder, name="chatglm3", dtype=torch.float32, kind="safetensors", 
     model = chatglm.tiktoken_ranks() if ranks else chatglm.sentencepiece_model()
     chatglm.write_checkpoint(folder, config, weights, model, kind, files)
     return config, weights
+
+
+def tokenizer_family(name):
+    return next((family for family in ("chatglm2", "glm4") if family in name), "chatglm3")
 
 
 def tensors(folder):
@@ -88,6 +93,12 @@ def test_same_logits_and_greedy_text_and_back(tmp_path, name):
     out = model.generate(
         torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
+    built = build_tokenizer(tmp_path / "src", tokenizer_family(name))
+    for text in (PROMPT, "sophisticated <|user|>\n 你好 </s>"):
+        assert tokenizer.encode(text) == built.encode(text)
+        assert tokenizer.encode(text, split_special_tokens=True) == built.encode(
+            text, split_special_tokens=True
+        )
     assert model.generation_config.eos_token_id[0] == tokenizer.eos_token_id
     by_hand = chatglm.greedy(config, weights, prompt, 12)
     assert out[0].tolist() == by_hand

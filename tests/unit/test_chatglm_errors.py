@@ -68,7 +68,8 @@ def change_weights(src, change):
         ({"pre_seq_len": 128}, ["P-tuning"]),
         ({"add_bias_linear": True}, ["add_bias_linear = True", "expected False"]),
         ({"rmsnorm": False}, ["rmsnorm = False", "expected True"]),
-        ({"ffn_hidden_size": ...}, ["lacks 'ffn_hidden_size'"]),
+        ({"ffn_hidden_size": ...}, ["lacks ffn_hidden_size"]),
+        ({"seq_length": None, "kv_channels": ...}, ["lacks kv_channels, seq_length"]),
         ({"multi_query_group_num": 3}, ["4 heads", "3 groups"]),
         ({"hidden_size": 64}, ["has shape", "config.json says"]),
         ({"num_layers": 4}, ["lack 7 tensors", "layers.3"]),
@@ -120,6 +121,8 @@ def test_truncated_json_and_tokenizer(src):
     whole = index.read_bytes()
     index.write_bytes(whole[:300])
     refuses(src, index.name, "truncated")
+    index.write_text("{}")
+    refuses(src, index.name, "names no weight file")
     index.write_bytes(whole)
     for size in (0, 1, 3000, -2):
         (src / "tokenizer.model").write_bytes(chatglm.sentencepiece_model()[:size])
