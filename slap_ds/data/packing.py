@@ -44,8 +44,13 @@ class PackedRow(NamedTuple):
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> PackedRow:
-        *tensors, lengths, where = self
-        return PackedRow(*(t.to(device, non_blocking=True) for t in tensors), lengths, where)
+        return self._replace(
+            **{
+                name: part.to(device, non_blocking=True)
+                for name, part in self._asdict().items()
+                if isinstance(part, Tensor)
+            }
+        )
 
     @property
     def positions(self) -> Tensor:

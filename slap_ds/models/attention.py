@@ -16,9 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 try:  # torch >= 2.10
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 except ImportError:
-    varlen_attn = None
+    varlen = None  # type: ignore[assignment]
 
 NAME = "packed"
 
@@ -49,8 +49,8 @@ def packed_attention(
     """
     assert attention_mask is None, "packed attention takes its structure from the samples' lengths"
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and varlen_attn is not None and not dropout:
-        packed: Any = varlen_attn
+    if query.is_cuda and half and varlen is not None and not dropout:
+        packed: Any = varlen.varlen_attn
         out = packed(
             *(x[0].transpose(0, 1).contiguous() for x in _same_heads(query, key, value)),
             cu_seq_lens_q,

@@ -1,4 +1,4 @@
-"""Forward reuse against the plain two-pass step: the same bits, no more gathers, quotas that hold."""
+"""Forward reuse against the plain two-pass step: the same bits, no more gathers."""
 
 import json
 from pathlib import Path
@@ -99,7 +99,7 @@ def gathers(c: Config) -> dict[str, int]:
 
 
 def test_reuse_gathers_no_more_than_full_training(models, tmp_path):
-    """Same candidates, same rows: full training with checkpointing against reuse at 40 % pruning."""
+    """Full training with checkpointing against reuse at 40 % pruning, on the same candidates."""
     settings = json.loads(DEFAULT_DEEPSPEED.read_text())
     settings["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False}
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
