@@ -1,15 +1,28 @@
 """Per-sample loss, gradient sketch and curvature from one pass over the head."""
 
+from slap_ds.scoring.blocks import Recorded, Tail, recorded, score_tail, tail_parameters
 from slap_ds.scoring.curvature import Curvature
-from slap_ds.scoring.head import HeadScores, WeightedTokenLoss, score_head
-from slap_ds.scoring.scorer import Scorer, Scores, Wants
+from slap_ds.scoring.head import Head, HeadScores, WeightedTokenLoss, score_head
+from slap_ds.scoring.plan import ScoringPlan
+from slap_ds.scoring.probes import token_subset
+from slap_ds.scoring.scorer import Scorer, Scores, collect
+from slap_ds.scoring.wants import Wants
 
 __all__ = [
     "Curvature",
+    "Head",
     "HeadScores",
+    "Recorded",
     "Scorer",
     "Scores",
+    "ScoringPlan",
+    "Tail",
     "Wants",
     "WeightedTokenLoss",
+    "collect",
+    "recorded",
     "score_head",
+    "score_tail",
+    "tail_parameters",
+    "token_subset",
 ]

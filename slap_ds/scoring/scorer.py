@@ -1,58 +1,74 @@
 """From the gathered sums of a candidate batch to what a selector sees.
 
-    GatheredScores -> mean over response tokens -> curvature update -> sketch -> ScoredBatch
+    Scores of all ranks -> mean over response tokens -> curvature update -> sketch -> ScoredBatch
 
 The sums arrive in candidate order and are the same on every rank, so everything here is too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slap_ds.scoring.curvature import Curvature
+from slap_ds.scoring.head import HeadScores
+from slap_ds.scoring.plan import ScoringPlan
+from slap_ds.scoring.wants import Wants
 from slap_ds.selection import ScoredBatch, Signal
-
-
-class Wants(NamedTuple):
-    """What the scoring forward computes beside the loss."""
-
-    gradient: bool = False
-    diagonal: bool = False
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Head sums of some candidates: a rank's share, or after the gather the whole batch."""
+    """Sums of some candidates: a rank's share, or after the gather the whole batch."""
 
     positions: Tensor  # (n,) int64, in the candidate batch
     loss: Tensor  # (n,) float32, nats summed over response tokens
     tokens: Tensor  # (n,) int64, response tokens
-    gradient: Tensor | None  # (n, E) float32, summed over response tokens
-    diagonal: Tensor | None  # (E,) float32, summed over all tokens of candidates of finite loss
+    gradient: Tensor | None = None  # (n, D) float32 or bfloat16: the sketch, summed over tokens
+    diagonal: Tensor | None = None  # (E,) float32, summed over `diagonal_tokens` tokens
+    diagonal_tokens: int = 0  # how many tokens the diagonal is a sum over, all of finite loss
 
     def mean_loss(self) -> Tensor:
         """(n,) nats per response token; NaN where a sample has none."""
         return self.loss / self.tokens
 
 
+def collect(positions: Sequence[Tensor], parts: Sequence[HeadScores], wants: Wants) -> Scores:
+    """One rank's rows, scored one by one, as its share of the batch."""
+    gradients = [part.gradient for part in parts if part.gradient is not None]
+    diagonals = [part.diagonal for part in parts if part.diagonal is not None]
+    counts = [part.diagonal_tokens for part in parts if part.diagonal_tokens is not None]
+    gradient = torch.cat(gradients) if gradients else None
+    if gradient is not None and wants.bfloat16:
+        gradient = gradient.bfloat16()
+    return Scores(
+        positions=torch.cat(list(positions)),
+        loss=torch.cat([part.loss for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts]),
+        gradient=gradient,
+        diagonal=torch.stack(diagonals).sum(0) if diagonals else None,
+        diagonal_tokens=int(torch.stack(counts).sum()) if counts else 0,
+    )
+
+
 class Scorer:
-    """Turns gathered sums into a `ScoredBatch`; holds the curvature as its state.
+    """Turns gathered sums into a `ScoredBatch`; holds the curvature as its state."""
 
-    Args:
-        needs: the selector's signals; nothing else is computed.
-        curvature: the preconditioner of the sketch, or None.
-    """
+    def __init__(self, plan: ScoringPlan) -> None:
+        self.plan = plan
+        self.curvature: Curvature | None = plan.curvature()
 
-    def __init__(self, needs: frozenset[Signal], curvature: Curvature | None) -> None:
-        self.needs = needs
-        sketch = "sketch" in needs
-        self.curvature = curvature if sketch else None
-        self.wants = Wants(gradient=sketch, diagonal=self.curvature is not None)
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return self.plan.needs
+
+    def wants(self, step: int) -> Wants:
+        """What this step's scoring forward computes."""
+        return self.plan.wants(step, self.curvature)
 
     def finish(self, scores: Scores, content: Tensor) -> ScoredBatch:
         """The scored candidate batch.
@@ -64,12 +80,14 @@ class Scorer:
         loss = scores.mean_loss()
         sketch = None
         if self.curvature is not None and scores.diagonal is not None:
-            counted = scores.tokens[torch.isfinite(scores.loss)]
-            self.curvature.update(scores.diagonal, int(counted.sum()))
+            self.curvature.update(scores.diagonal, scores.diagonal_tokens)
         if scores.gradient is not None:
-            sketch = scores.gradient / scores.tokens[:, None]
-            if self.curvature is not None:
+            sketch = scores.gradient.float() / scores.tokens[:, None]
+            if self.curvature is not None and self.plan.config.sketch in ("head_input", "hvp"):
                 sketch = self.curvature.precondition(sketch)
+            if self.plan.config.sketch_norm == "unit":
+                norm = torch.linalg.vector_norm(sketch, dim=1, keepdim=True)
+                sketch = sketch / norm.clamp(min=torch.finfo(torch.float32).tiny)
         # Equal samples have equal scores; packing and the number of ranks round them differently
         # in the last bit, and a tie between twins must not be decided by that.
         first = _first_occurrence(content).to(loss.device)

@@ -1,9 +1,29 @@
-"""The curvature's moving average, its floor and its state."""
+"""The curvature's moving average, its floor, blocks and state; what the scorer makes of sums."""
 
 import pytest
 import torch
 
-from slap_ds.scoring import Curvature, Scorer, Scores
+from slap_ds.config import ScoringConfig
+from slap_ds.scoring import Curvature, Scorer, Scores, ScoringPlan
+
+BOTH = frozenset({"loss", "sketch"})
+
+
+def make_scorer(needs=BOTH, **settings):
+    return Scorer(ScoringPlan(ScoringConfig(**settings), frozenset(needs), seed=3))
+
+
+def make_scores(n=4, width=5, seed=0, **changes):
+    g = torch.Generator().manual_seed(seed)
+    fields = {
+        "positions": torch.arange(n),
+        "loss": torch.rand(n, generator=g) * 8,
+        "tokens": torch.randint(1, 9, (n,), generator=g),
+        "gradient": torch.randn(n, width, generator=g),
+        "diagonal": torch.rand(width, generator=g),
+        "diagonal_tokens": 9,
+    }
+    return Scores(**{**fields, **changes})
 
 
 def test_the_average_is_bias_corrected():
@@ -20,13 +40,29 @@ def test_precondition_divides_by_the_floored_power():
     curvature = Curvature(0.0, 0.5, 0.1)
     curvature.update(torch.tensor([4.0, 0.0, -1e-9]), 1)
     gradient = torch.ones(2, 3)
-    smallest = 0.1 * (4.0 - 1e-9) / 3
+    smallest = 0.1 * (4.0 + 1e-9) / 3
     expected = torch.tensor([4.0, smallest, smallest]).pow(-0.5).expand(2, 3)
     torch.testing.assert_close(curvature.precondition(gradient), expected)
 
 
+def test_negative_curvature_counts_by_its_magnitude():
+    curvature = Curvature(0.0, 1.0, 1e-3)
+    curvature.update(torch.tensor([4.0, -2.0, 1.0]), 1)
+    assert curvature.value().tolist() == [4.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 100])
+def test_blocks_share_their_mean(block):
+    curvature = Curvature(0.9, 1.0, 1e-9, block)
+    values = torch.rand(7, dtype=torch.float64) + 1
+    curvature.update(values * 3, 3)
+    expected = [values[i // block * block : i // block * block + block].mean() for i in range(7)]
+    torch.testing.assert_close(curvature.value(), torch.stack(expected))
+
+
 def test_a_broken_step_leaves_the_average_alone():
     curvature = Curvature(0.9, 1.0, 1e-3)
+    assert curvature.scale() is None
     curvature.update(torch.tensor([1.0, 2.0]), 2)
     before = curvature.state_dict()
     curvature.update(torch.tensor([float("nan"), 2.0]), 2)
@@ -35,29 +71,60 @@ def test_a_broken_step_leaves_the_average_alone():
 
 
 def test_the_state_survives_exactly():
-    curvature = Curvature(0.9, 1.0, 1e-3)
-    curvature.update(torch.rand(7), 3)
-    other = Curvature(0.9, 1.0, 1e-3)
-    other.load_state_dict(curvature.state_dict())
-    assert torch.equal(other.value(), curvature.value())
+    scorer = make_scorer()
+    scorer.finish(make_scores(width=7), torch.arange(4))
+    other = make_scorer()
+    other.load_state_dict(scorer.state_dict())
+    assert torch.equal(other.curvature.value(), scorer.curvature.value())
+    assert other.curvature.updates == 1
 
 
-@pytest.mark.parametrize("needs", [frozenset({"loss"}), frozenset({"loss", "sketch"})])
+@pytest.mark.parametrize("needs", [frozenset({"loss"}), BOTH])
 def test_twins_share_their_scores(needs):
-    scorer = Scorer(needs, Curvature(0.9, 1.0, 1e-3))
-    tokens = torch.tensor([2, 3, 2, 2])
-    gradient = torch.randn(4, 5) if "sketch" in needs else None
-    scores = Scores(
-        torch.arange(4),
-        torch.tensor([2.0, 3.0, 2.0 + 1e-6, 8.0]),
-        tokens,
-        gradient,
-        torch.rand(5) if "sketch" in needs else None,
+    scorer = make_scorer(needs)
+    scores = make_scores(
+        loss=torch.tensor([2.0, 3.0, 2.0 + 1e-6, 8.0]), tokens=torch.tensor([2, 3, 2, 2])
     )
+    if "sketch" not in needs:
+        scores = make_scores(loss=scores.loss, tokens=scores.tokens, gradient=None, diagonal=None)
     batch = scorer.finish(scores, torch.tensor([7, 9, 7, 1]))
-    assert batch.loss[0] == batch.loss[2] == 1.0
     assert batch.loss.tolist() == [1.0, 1.0, 1.0, 4.0]
-    if gradient is not None:
+    if scores.gradient is not None:
         assert torch.equal(batch.sketch[0], batch.sketch[2])
-        expected = gradient[1] / 3 / scorer.curvature.value().float()
+        expected = scores.gradient[1] / 3 / scorer.curvature.value().float()
         torch.testing.assert_close(batch.sketch[1], expected)
+
+
+def test_unit_norm_keeps_directions_and_zeros():
+    scores = make_scores()
+    scores.gradient[2] = 0
+    plain = make_scorer().finish(scores, torch.arange(4)).sketch
+    unit = make_scorer(sketch_norm="unit").finish(scores, torch.arange(4)).sketch
+    assert unit[2].abs().max() == 0
+    rest = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(unit[rest].norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(unit[rest] * plain[rest].norm(dim=1)[:, None], plain[rest])
+
+
+def test_head_kron_is_preconditioned_by_the_steps_before():
+    scorer = make_scorer(sketch="head_kron", sketch_size=(2, 2), curvature_power=0.5)
+    assert scorer.wants(0).scale is None
+    scores = make_scores(gradient=torch.randn(4, 4))
+    batch = scorer.finish(scores, torch.arange(4))
+    torch.testing.assert_close(batch.sketch, scores.gradient / scores.tokens[:, None])
+    expected = scorer.curvature.value().pow(-0.5).float()
+    torch.testing.assert_close(scorer.wants(1).scale, expected)
+
+
+def test_a_selector_without_sketches_costs_none():
+    scorer = make_scorer({"loss"})
+    assert scorer.wants(0) == type(scorer.wants(0))()
+    assert scorer.curvature is None
+    assert scorer.state_dict() == {}
+
+
+def test_blocks_kron_with_a_curvature_is_refused():
+    with pytest.raises(ValueError, match=r"set scoring\.curvature none"):
+        ScoringConfig(sketch="blocks_kron")
+    wants = make_scorer(sketch="blocks_kron", curvature="none", blocks=2).wants(5)
+    assert (wants.blocks, wants.diagonal, wants.step, wants.seed) == (2, None, 5, 3)

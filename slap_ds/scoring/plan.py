@@ -1,0 +1,82 @@
+"""From the `scoring` section to what a step's scoring forward computes.
+
+    config + the selector's needs -> ScoringPlan -> Wants of a step
+
+The trainer and the engine pass `Wants` on and never look at which source or sketch it names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from slap_ds.config import ScoringConfig
+from slap_ds.scoring.curvature import Curvature
+from slap_ds.scoring.head import head_cost
+from slap_ds.scoring.wants import Wants
+from slap_ds.selection import Signal
+
+
+@dataclass(frozen=True)
+class ScoringPlan:
+    """What scoring computes in this run; the same on every rank."""
+
+    config: ScoringConfig
+    needs: frozenset[Signal]
+    seed: int = 0
+
+    @property
+    def sketches(self) -> bool:
+        return "sketch" in self.needs
+
+    def curvature(self) -> Curvature | None:
+        """A fresh curvature, or None where none is wanted."""
+        c = self.config
+        if not self.sketches or c.curvature == "none":
+            return None
+        return Curvature(c.curvature_decay, c.curvature_power, c.curvature_floor, c.curvature_block)
+
+    def wants(self, step: int, curvature: Curvature | None) -> Wants:
+        """The order for one step."""
+        c = self.config
+        if not self.sketches:
+            return Wants()
+        source = None if c.curvature == "none" else c.curvature
+        uses_blocks = source == "hutchinson_blocks" or c.sketch == "blocks_kron"
+        scale: Tensor | None = None
+        if c.sketch == "head_kron" and curvature is not None:
+            # What is projected cannot be divided by this step's curvature any more, which is known
+            # only after all ranks' tokens: the average over the steps before stands in for it.
+            scale = curvature.scale()
+        return Wants(
+            sketch=c.sketch,
+            diagonal=source,
+            probes=c.probes,
+            size=c.sketch_size,
+            blocks=c.blocks if uses_blocks else 0,
+            token_share=c.curvature_tokens if source == "exact_head" else 1.0,
+            seed=self.seed,
+            step=step,
+            scale=None if scale is None else scale.float(),
+            bfloat16=c.sketch_dtype == "bfloat16",
+        )
+
+    def head_flops(self, model_config: Any, tokens: int, samples: int) -> float:
+        """FLOPs of the head's products for `samples` candidates of `tokens` response tokens."""
+        text = model_config.get_text_config()
+        wants, chunk = self.wants(0, None), self.config.chunk_tokens
+        return head_cost(wants, tokens, samples, text.hidden_size, text.vocab_size, chunk)
+
+    def block_passes(self, layers: int) -> float:
+        """Work in blocks beside the forward, in forwards of all `layers` blocks.
+
+        The last blocks' forward is run again; their backward to hidden states alone costs as much.
+        Of a Hessian-vector product each of the two is differentiated once more.
+        """
+        wants = self.wants(0, None)
+        share = wants.blocks / layers
+        if wants.diagonal == "hutchinson_blocks":
+            return share * (2 + 4 * wants.probes)
+        return 2 * share if wants.sketch == "blocks_kron" else 0.0

@@ -1,0 +1,28 @@
+"""What one scoring forward computes beside the loss."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Sketch = Literal["head_input", "head_kron", "hvp", "blocks_kron"]
+Source = Literal["exact_head", "hutchinson_head", "hutchinson_blocks"]
+
+
+class Wants(NamedTuple):
+    """An order for the scoring forward, made by `ScoringPlan.wants` for one step.
+
+    A tuple, because DeepSpeed's hooks look for tensors in the inputs of modules.
+    """
+
+    sketch: Sketch | None = None  # per sample
+    diagonal: Source | None = None  # over all tokens
+    probes: int = 0  # m: random vectors of the Hutchinson sources and of the sketch hvp
+    size: tuple[int, int] = (1, 1)  # (a, b) of the Kronecker sketches
+    blocks: int = 0  # n: how many of the last blocks take part; 0: the head alone
+    token_share: float = 1.0  # share of the response tokens in the exact diagonal
+    seed: int = 0
+    step: int = 0
+    scale: Tensor | None = None  # (E,) multiplies delta_t before head_kron projects it
+    bfloat16: bool = False  # the sketch leaves the forward in bfloat16
