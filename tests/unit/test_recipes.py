@@ -1,0 +1,111 @@
+"""Every committed config is valid and fits the published model that it names."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slap_ds.config import read_config, resolve_deepspeed
+from slap_ds.data.templates import TEMPLATES
+from slap_ds.models.chatglm_layout import glm_config, read_sizes
+from tests import chatglm
+
+REPO = Path(__file__).parents[2]
+CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+DEEPSPEED = sorted((REPO / "configs" / "deepspeed").glob("*.json"))
+LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5}
+GLM = {
+    **chatglm.CONFIG,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 13696,
+    "kv_channels": 128,
+    "num_attention_heads": 32,
+    "num_layers": 28,
+    "padded_vocab_size": 65024,
+}
+# Sizes as published with each model.
+PUBLISHED = {
+    "llama2-7b": {
+        **LLAMA,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 4096,
+    },
+    "llama3-8b": {
+        **LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+    "llama3-70b": {
+        **LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+    "chatglm3-6b": {**GLM, "seq_length": 8192},
+    "glm4-9b": {**GLM, "num_layers": 40, "padded_vocab_size": 151552, "seq_length": 131072},
+}
+RECIPES = [path for path in CONFIGS if path.stem != "demo"]
+
+
+def meta_model(path):
+    fields = dict(PUBLISHED[re.sub(r"-(offload|lora)$", "", path.stem)])
+    if fields["model_type"] == "chatglm":
+        config = glm_config(fields, read_sizes(fields, path), "chatglm3", {"pad_token_id": 0})
+    else:
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_is_valid_for_every_size_of_cluster(path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    config = read_config(str(path))
+    assert config.data.template in ("auto", *TEMPLATES)
+    for ranks in (1, 2, 8, 16, 64, 512):
+        settings = resolve_deepspeed(config, ranks, 4096)
+        assert settings["bf16"]["enabled"] == (config.model.dtype == "bfloat16")
+        assert settings["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_fits_the_model_and_counts_its_memory(path):
+    config = read_config(str(path))
+    model = meta_model(path)
+    assert config.data.max_tokens <= model.config.max_position_embeddings
+    assert config.data.template in TEMPLATES
+    count = sum(weight.numel() for weight in model.parameters())
+    text = path.read_text(encoding="utf-8")
+    said = re.search(r"# ([\d.]+) B parameters: .* take ([\d,]+) GB", text)
+    assert said is not None
+    assert float(said[1]) == round(count / 1e9, 1)
+    # bfloat16 weights and gradients, float32 weights and AdamW's two moments: 16 bytes.
+    assert int(said[2].replace(",", "")) == round(16 * count / 1e9)
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
+def test_deepspeed_files_are_valid(path):
+    config = read_config(str(REPO / "configs" / "demo.yaml"), ["--engine.deepspeed", str(path)])
+    settings = resolve_deepspeed(config, 8, 4096)
+    assert settings["train_batch_size"] == 8
+    assert "auto" not in json.dumps(settings)
+
+
+def test_there_is_a_recipe_for_every_model():
+    assert {re.sub(r"-(offload|lora)$", "", path.stem) for path in RECIPES} == set(PUBLISHED)
