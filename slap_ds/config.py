@@ -94,7 +94,8 @@ class StepConfig(Section):
 
 class SelectionConfig(Section):
     method: str = "slap"
-    """The selector, a key of slap_ds.selection.SELECTORS: slap, random, hard, full."""
+    """The selector, a key of slap_ds.selection.SELECTORS: slap, random, hard, full, grand,
+    k_center, divbs, adacore."""
     keep: float = Field(0.6, gt=0, le=1)
     """Keep ratio M / N in (0, 1]; the pruning rate is 1 - keep."""
     warmup: float = Field(0.0, ge=0, le=1)

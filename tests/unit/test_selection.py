@@ -99,7 +99,11 @@ def test_selectors_are_deterministic_and_exact(method, by, budgets):
     again = select(make_selector(options), batch, 24, generator(7))
     assert first.picks.tolist() == again.picks.tolist()
     assert len(set(first.picks.tolist())) == (40 if method == "full" else 24)
-    assert first.weights.tolist() == [1.0] * len(first.picks)
+    assert first.weights.tolist() == again.weights.tolist()
+    if method == "adacore":  # its weights are cluster sizes
+        assert float(first.weights.sum()) == len(batch)
+    else:
+        assert first.weights.tolist() == [1.0] * len(first.picks)
 
 
 def test_slap_equals_brute_force():
@@ -165,5 +169,5 @@ def test_broken_candidates_are_never_picked():
 
 
 def test_unknown_method_lists_the_known():
-    with pytest.raises(ValueError, match=r"slapp.*full, hard, random, slap"):
+    with pytest.raises(ValueError, match=r"slapp.*full, grand, hard, k_center, random, slap"):
         make_selector({**OPTIONS, "method": "slapp"})
