@@ -14,6 +14,7 @@ BETWEEN = {
     "run": 6.7,
     "export": 6.5,
     "report": 6.5,
+    "estimate": 6.5,
 }
 LEAVES = {"config", "__init__"}
 

@@ -1,0 +1,198 @@
+"""Time of a training step: full, score-then-train and reuse, at several pruning rates.
+
+    deepspeed --num_gpus 2 benchmarks/bench_step.py --json benchmarks/results/step.json
+
+All cases run in one process group on one engine, in turn, on the same candidate batches; a case's
+ratio is taken within each round, and the median over rounds is reported. The steps are the
+trainer's own `train_step`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import describe
+
+from slap_ds.config import Config
+from slap_ds.data.batch import CandidateBatch
+from slap_ds.engine import stop_ranks
+from slap_ds.run import Run, prepare
+from slap_ds.trainer import train_step
+
+PHASES = ("score", "gather", "select", "scatter", "train")
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    options = arguments()
+    config = base_config(options)
+    base = prepare(config)
+    cases = {"full": case(base, "reuse", 0.0)}
+    for pruning in options.pruning:
+        for forward in ("separate", "reuse"):
+            cases[f"{forward} {pruning:g}"] = case(base, forward, pruning)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
+    for number in range(options.warmup + options.rounds):
+        batch = CandidateBatch(base.inputs.train, next(base.stream))
+        for name, run in cases.items():
+            base.comm.barrier(number, name)
+            _, record = train_step(run, number, batch)
+            if number >= options.warmup:
+                rounds[name].append(record)
+            if base.comm.rank == 0:
+                print(f"round {number} {name}: {record['step_s']:.2f} s", flush=True)
+    if base.comm.rank == 0:
+        result = summary(rounds, base, options)
+        show(result)
+        if options.json:
+            Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    stop_ranks()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--local_rank", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=1376)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--candidates", type=int, default=64)
+    parser.add_argument("--row-tokens", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--pruning", type=float, nargs="+", default=[0.2, 0.4, 0.6])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--data", nargs="+", default=["builtin:demo/train"])
+    parser.add_argument("--tokenizer", default="builtin:demo")
+    parser.add_argument("--template", default="auto")
+    parser.add_argument("--deepspeed", help="DeepSpeed JSON (default: the package's ZeRO-3)")
+    parser.add_argument("--json")
+    return parser.parse_args()
+
+
+def base_config(options: argparse.Namespace) -> Config:
+    heads = max(1, options.hidden // 64)
+    return Config.model_validate(
+        {
+            "run_dir": tempfile.mkdtemp(prefix="slap-bench-"),
+            "steps": options.rounds + options.warmup,
+            "model": {
+                "config": {
+                    "model_type": "llama",
+                    "vocab_size": options.vocab,
+                    "hidden_size": options.hidden,
+                    "intermediate_size": options.intermediate,
+                    "num_hidden_layers": options.layers,
+                    "num_attention_heads": heads,
+                    "num_key_value_heads": heads,
+                    "max_position_embeddings": options.max_tokens,
+                    "pad_token_id": 0,
+                    "bos_token_id": 0,
+                    "eos_token_id": 2,
+                },
+                "tokenizer": options.tokenizer,
+                "dtype": options.dtype,
+            },
+            "data": {
+                "train": options.data,
+                "template": options.template,
+                "max_tokens": options.max_tokens,
+            },
+            "batch": {
+                "candidates": options.candidates,
+                "micro_batch_tokens": options.row_tokens,
+            },
+            "engine": {"deepspeed": options.deepspeed},
+            # Steps of this benchmark are not meant to learn: weights stay near their start.
+            "optimizer": {"lr": 1e-6},
+        }
+    )
+
+
+def case(base: Run, forward: str, pruning: float) -> Run:
+    """The same engine and data under another selection."""
+    config = base.config.model_copy(
+        update={
+            "step": base.config.step.model_copy(update={"forward": forward}),
+            "selection": base.config.selection.model_copy(update={"keep": 1 - pruning}),
+        }
+    )
+    return Run(config, base.comm, base.inputs, base.engine, base.stream, base.scorer, base.selector)
+
+
+def summary(
+    rounds: dict[str, list[dict[str, Any]]], base: Run, options: argparse.Namespace
+) -> dict[str, Any]:
+    ratios: dict[str, dict[str, float]] = {"reuse": {}, "separate": {}}
+    cases = []
+    for name, records in rounds.items():
+
+        def median(key: str, records: list[dict[str, Any]] = records) -> float:
+            return statistics.median(float(r.get(key, 0.0)) for r in records)
+
+        paired = [
+            r["step_s"] / full["step_s"] for r, full in zip(records, rounds["full"], strict=True)
+        ]
+        step = median("step_s")
+        entry: dict[str, Any] = {
+            "case": name,
+            "ratio_to_full": statistics.median(paired),
+            "step_s": step,
+            "tokens_per_s": median("candidate_tokens") / step,
+            "trained_tokens_per_s": median("trained_tokens") / step,
+            "flops": median("flops"),
+            "flops_ratio_to_full": median("flops")
+            / statistics.median(float(r["flops"]) for r in rounds["full"]),
+            "share": {p: median(f"{p}_s") / step for p in PHASES},
+            "selection_share": statistics.median(r["selection_s"] / r["step_s"] for r in records),
+            "busiest_rank_over_mean": median("busiest_rank_over_mean"),
+            "boundary_bytes": median("boundary_bytes"),
+            "bytes_sent": median("bytes_sent"),
+            "peak_gib": median("peak_gib"),
+        }
+        cases.append(entry)
+        if name != "full":
+            forward, pruning = name.split()
+            ratios[forward][pruning] = entry["ratio_to_full"]
+    pruned = [c["selection_share"] for c in cases if c["case"].startswith("reuse")]
+    return {
+        "ratio_to_full": ratios,
+        "selection_share": max(pruned),
+        "cases": cases,
+        "model": {
+            k: getattr(options, k) for k in ("hidden", "intermediate", "layers", "vocab", "dtype")
+        },
+        "batch": {
+            "candidates": options.candidates,
+            "row_tokens": options.row_tokens,
+            "max_tokens": options.max_tokens,
+        },
+        "rounds": options.rounds,
+        "parameters": base.engine.parameters,
+        "ranks": base.comm.world,
+        "environment": describe(base.engine.device),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    print(
+        f"\n{'case':>14} {'of full':>8} {'FLOPs':>7} {'step s':>8} {'select %':>9} {'busiest':>8}"
+    )
+    for c in result["cases"]:
+        print(
+            f"{c['case']:>14} {c['ratio_to_full']:8.3f} {c['flops_ratio_to_full']:7.3f} "
+            f"{c['step_s']:8.2f} {100 * c['selection_share']:9.2f} "
+            f"{c['busiest_rank_over_mean']:8.3f}"
+        )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
