@@ -13,15 +13,11 @@ product of this run, or one read of the points, whichever is longer.
 
 from __future__ import annotations
 
-import os
-
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
 import argparse
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -124,7 +120,7 @@ def cpu_seconds(call: Callable[[], object]) -> float:
 
 
 def greedy_share(points: Tensor, picks: Tensor) -> float:
-    """The share of picks that were a farthest point, to 1e-5 of its distance, given those before."""
+    """The share of picks that were a farthest point, to 1e-5, given those before it."""
     wide = points.double()
     norms = wide.square().sum(1)
     nearest = torch.full((len(points),), float("inf"), dtype=torch.float64)
@@ -304,6 +300,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=3.0, help="CPU seconds a method and case")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["RAYON_NUM_THREADS"] = "1"  # read when the Rust packages are first used
     sizes = [tuple(map(int, size.split("x"))) for size in options.sizes or []] or SIZES
     farthest_point(
         torch.randn(256, 32), torch.tensor([99]), first=0

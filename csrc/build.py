@@ -4,6 +4,7 @@ Used by setup.py, by the tests and, as a script, by hand:
 
     python csrc/build.py                the libraries into slap_ds/ops/ (CUDA too, with nvcc)
     python csrc/build.py --asan FILE    the AddressSanitizer driver of csrc/tests/
+    python csrc/build.py --no-cuda      the CPU library only
 
 Every source is compiled every time: a build folder kept by pip must not ship an older library.
 """
@@ -120,6 +121,14 @@ def build_cuda(nvcc: str, target: Path) -> str:
     source = CSRC / "cuda" / "farthest_point.cu"
     flags = ["-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", "-Xptxas=-v"]
     return run([nvcc, *CUDA_FLAGS, *flags, str(source), "-o", str(target)])
+
+
+def build_emulation(target: Path) -> None:
+    """The CUDA library with its kernels run by the CPU, for tests where there is no GPU."""
+    fma = ["-mfma"] if platform.machine().lower() in X86 else []
+    flags = ["-O2", *fma, "-shared", "-DSLAP_CUDA_EMULATION", "-Wno-unknown-pragmas"]
+    source = CSRC / "cuda" / "farthest_point.cu"
+    run([find_cxx(), *CXX_FLAGS, *flags, "-x", "c++", str(source), "-o", str(target)])
 
 
 def main() -> None:

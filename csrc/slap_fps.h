@@ -64,6 +64,16 @@ SLAP_FPS_API int32_t slap_fps_has_path(int32_t path);
 // What SLAP_FPS_AUTO stands for; measured once, on the first call.
 SLAP_FPS_API int32_t slap_fps_auto_path(void);
 
+// In the CUDA library. `problem->features` and the outputs are on `device`, everything else on the
+// host. Work is queued on `stream`; the host reads how far it got a few times a call, never a pick.
+// workspace: slap_fps_cuda_workspace(problem) bytes on the device, aligned to 256.
+SLAP_FPS_API int64_t slap_fps_cuda_workspace(const SlapFpsProblem* problem);
+SLAP_FPS_API int32_t slap_fps_cuda(const SlapFpsProblem* problem, int32_t device, void* stream,
+                                   void* workspace, int64_t* picks, float* pick_squared,
+                                   float* squared);
+// What the last SLAP_FPS_CUDA_ERROR of this thread was.
+SLAP_FPS_API const char* slap_fps_cuda_error(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -195,7 +195,7 @@ class Selection {
       }
       left[stratum] -= static_cast<int64_t>(new_.size());
       // The first rounds are short, as one pick shrinks many distances: they need no large pool.
-      pool_size_ = std::clamp(2 * static_cast<int>(new_.size()), std::min(kLanes, block_), block_);
+      pool_size_ = std::clamp(4 * static_cast<int>(new_.size()), std::min(kLanes, block_), block_);
       std::vector<int32_t>& rest = unpicked[stratum];
       rest.erase(std::remove_if(rest.begin(), rest.end(),
                                 [this](int32_t i) { return squared_[i] < 0.0f; }),
@@ -353,7 +353,7 @@ class Selection {
       kernels_.shrink(scratch.acc.get(), count, current);
       for (int lane = 0; lane < lanes; ++lane) squared_[points[lane]] = current[lane];
     }
-    filter_rests_ = filter && suspects > size * count / 6;
+    filter_rests_ = filter && suspects > size * count / 3;
   }
 
   int FindSuspects(Scratch& scratch, const int32_t* points, int lanes, int count) const {

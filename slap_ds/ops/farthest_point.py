@@ -82,6 +82,12 @@ def _op(
 
 
 def _select(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    if features.is_cuda and not isinstance(cuda := native.cuda_library(), str):
+        # The library launches on the current device: without the guard, rank 1's kernels would be
+        # queued on GPU 0.
+        with torch.cuda.device(features.device):
+            stream = torch.cuda.current_stream(features.device).cuda_stream
+            return native.farthest_point_cuda(cuda, features, plan, stream=stream)
     library = native.cpu_library()
     if isinstance(library, str):
         return fallback.farthest_point(features.cpu(), plan)
@@ -107,12 +113,17 @@ def _(
 
 
 def active_path() -> tuple[str, str]:
-    """The path that features on the CPU take, and why; `slap-ds doctor` prints it."""
+    """The path in use, and why; `slap-ds doctor` prints it.
+
+    The GPU's where there is a GPU, for features on it; else the one that features on the CPU take.
+    """
+    cuda = native.cuda_library()
+    if torch.cuda.is_available() and not isinstance(cuda, str):
+        return "cuda", f"{torch.cuda.get_device_name()} and {native.CUDA_LIBRARY.name} are there"
+    no_gpu = f"no GPU path: {cuda}" if isinstance(cuda, str) else "no GPU path: PyTorch sees no GPU"
     library = native.cpu_library()
     if isinstance(library, str):
-        return "pytorch fallback", library
+        return "pytorch fallback", f"{library}; {no_gpu}"
     others = [path for path in native.cpu_paths(library) if path != native.auto_path(library)]
-    return (
-        f"cpu: {native.auto_path(library)}",
-        f"the fastest of this build on this processor, which also has {', '.join(others)}",
-    )
+    why = f"the fastest of this build on this processor, which also has {', '.join(others)}"
+    return f"cpu: {native.auto_path(library)}", f"{why}; {no_gpu}"

@@ -17,6 +17,7 @@ from slap_ds.ops.plan import Plan
 
 ABI = 1
 CPU_LIBRARY = Path(__file__).with_name("_slap_fps.so")
+CUDA_LIBRARY = Path(__file__).with_name("_slap_fps_cuda.so")
 # Names of SlapFpsPath, in its order.
 PATHS = ("auto", "portable", "avx2", "avx512", "avx512 vnni")
 STATUS = {
@@ -64,7 +65,7 @@ def problem(features: Tensor, plan: Plan) -> _Problem:
 def load(library: Path) -> ctypes.CDLL:
     """Raises OSError where the file is missing, cannot be loaded, or is of another version."""
     if not library.exists():
-        raise OSError(f"{library.name} was not built: no compiler was found at install time")
+        raise OSError(f"{library.name} was not built: its compiler was not found at install time")
     loaded = ctypes.CDLL(str(library))
     loaded.slap_fps_abi.restype = ctypes.c_int32
     if (found := loaded.slap_fps_abi()) != ABI:
@@ -77,6 +78,15 @@ def cpu_library() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     try:
         return load(CPU_LIBRARY)
+    except OSError as error:
+        return str(error)
+
+
+@cache
+def cuda_library() -> ctypes.CDLL | str:
+    """The CUDA library, or why there is none."""
+    try:
+        return load(CUDA_LIBRARY)
     except OSError as error:
         return str(error)
 
@@ -115,4 +125,33 @@ def farthest_point_cpu(
         raise MemoryError("slap_fps_cpu: out of memory")
     if status != 0:
         raise RuntimeError(f"slap_fps_cpu: {STATUS.get(status, f'status {status}')}")
+    return picks, pick_squared, squared
+
+
+def farthest_point_cuda(
+    library: ctypes.CDLL, features: Tensor, plan: Plan, *, stream: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`farthest_point_cpu` for features on a GPU; the results are on it too, queued on `stream`.
+
+    The caller has made the features' device the current one: the library must work in its context.
+    """
+    device = features.device
+    picks = torch.empty(plan.picks, dtype=torch.int64, device=device)
+    pick_squared = torch.empty(plan.picks, dtype=torch.float32, device=device)
+    squared = torch.empty(features.shape[0], dtype=torch.float32, device=device)
+    asked = problem(features, plan)
+    library.slap_fps_cuda_workspace.restype = ctypes.c_int64
+    library.slap_fps_cuda_error.restype = ctypes.c_char_p
+    size = library.slap_fps_cuda_workspace(ctypes.byref(asked))
+    # From PyTorch's allocator, which reuses it only after what is queued on the stream.
+    workspace = torch.empty(size // 4 + 64, dtype=torch.float32, device=device)
+    status = library.slap_fps_cuda(
+        ctypes.byref(asked),
+        ctypes.c_int32(device.index or 0),
+        ctypes.c_void_p(stream),
+        ctypes.c_void_p((workspace.data_ptr() + 255) // 256 * 256),
+        *(ctypes.c_void_p(out.data_ptr()) for out in (picks, pick_squared, squared)),
+    )
+    if status != 0:
+        raise RuntimeError(f"slap_fps_cuda: {library.slap_fps_cuda_error().decode()}")
     return picks, pick_squared, squared

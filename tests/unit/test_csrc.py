@@ -25,6 +25,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_no_access_out_of_bounds(tmp_path: Path) -> None:
     program = tmp_path / "bounds"
     subprocess.run(
@@ -144,6 +145,7 @@ def test_with_a_cxx_compiler_only(tree: Path, change: Callable[[Path], None], bu
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_a_kept_build_folder_ships_no_old_library(tree: Path) -> None:
     assert wheel(tree, cxx_tools()).returncode == 0
     assert set(libraries(tree)) == {"_slap_fps.so"}

@@ -389,7 +389,9 @@ def test_active_path_names_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert name.startswith("cpu: ") if PATHS else name == "pytorch fallback"
     assert why
     monkeypatch.setattr(native, "cpu_library", lambda: "no compiler was found")
-    assert active_path() == ("pytorch fallback", "no compiler was found")
+    monkeypatch.setattr(native, "cuda_library", lambda: "no nvcc was found")
+    why = "no compiler was found; no GPU path: no nvcc was found"
+    assert active_path() == ("pytorch fallback", why)
     result = farthest_point(line(0, 1, 2, 3, 10), torch.tensor([3]), first=1)
     assert result.picks.tolist() == [1, 4, 3]
 

@@ -1,0 +1,234 @@
+// Runs the kernels of csrc/cuda/farthest_point.cu on the CPU, so that their indexing and their bits
+// can be tested where there is no GPU: each CUDA thread is a fiber, blocks run one after another,
+// and a fiber gives way at every barrier and warp operation. Not emulated: time, memory ordering,
+// cp.async that is still under way. Define SLAP_CUDA_EMULATION and compile the .cu file as C++.
+#ifndef SLAP_TESTS_CUDA_EMULATION_H_
+#define SLAP_TESTS_CUDA_EMULATION_H_
+
+#include <stdint.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}  // NOLINT
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+using std::max;
+using std::min;
+
+namespace emulation {
+
+constexpr size_t kStack = 64 * 1024;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool finished = false;
+  bool waiting = false;
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline size_t current = 0;
+inline const std::function<void()>* body = nullptr;
+inline std::vector<float4> dynamic_shared;
+inline dim3 thread_index, block_index, block_size, grid_size;
+
+inline void Enter() {
+  (*body)();
+  fibers[current].finished = true;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+// Waits until every unfinished thread of [begin, end) waits here too.
+inline void Barrier(size_t begin, size_t end) {
+  fibers[current].waiting = true;
+  const auto all_here = [&] {
+    for (size_t i = begin; i < end; ++i) {
+      if (!fibers[i].finished && !fibers[i].waiting) return false;
+    }
+    return true;
+  };
+  const size_t self = current;
+  long patience = 1000000;
+  while (fibers[self].waiting) {
+    if (all_here()) {
+      for (size_t i = begin; i < end; ++i) fibers[i].waiting = false;
+      return;
+    }
+    if (--patience == 0) {
+      std::fprintf(stderr, "cuda_emulation: thread %zu waits for ever at a barrier\n", self);
+      std::abort();
+    }
+    swapcontext(&fibers[self].context, &scheduler);
+  }
+}
+
+inline void RunBlock(const std::function<void()>& kernel) {
+  const size_t threads = block_size.x;
+  body = &kernel;
+  if (fibers.size() < threads) fibers.resize(threads);
+  for (size_t i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers[i];
+    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+    fiber.finished = fiber.waiting = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, Enter, 0);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    for (size_t i = 0; i < threads; ++i) {
+      if (fibers[i].finished) continue;
+      running = true;
+      current = i;
+      thread_index.x = static_cast<unsigned>(i);
+      swapcontext(&scheduler, &fibers[i].context);
+    }
+  }
+}
+
+inline void Launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel) {
+  grid_size = grid;
+  block_size = block;
+  dynamic_shared.assign(shared / sizeof(float4) + 1, float4{NAN, NAN, NAN, NAN});
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      block_index = dim3(x, y);
+      RunBlock(kernel);
+    }
+  }
+}
+
+inline size_t WarpBegin() { return current / 32 * 32; }
+inline size_t WarpEnd() { return std::min<size_t>(WarpBegin() + 32, block_size.x); }
+
+// Every lane's value, after all lanes of the warp have given theirs.
+template <typename T, typename Use>
+auto Exchange(T value, Use use) {
+  static T values[1024];
+  values[current] = value;
+  Barrier(WarpBegin(), WarpEnd());
+  const auto result = use(&values[WarpBegin()]);
+  Barrier(WarpBegin(), WarpEnd());
+  return result;
+}
+
+}  // namespace emulation
+
+#define threadIdx emulation::thread_index
+#define blockIdx emulation::block_index
+#define blockDim emulation::block_size
+#define gridDim emulation::grid_size
+#define SLAP_DYNAMIC_SHARED(type, name) type* name = emulation::dynamic_shared.data()
+#define SLAP_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  emulation::Launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
+
+inline void __syncthreads() { emulation::Barrier(0, emulation::block_size.x); }
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulation::Exchange(value, [=](const T* all) { return all[lane]; });
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  const int lane = static_cast<int>(emulation::current % 32);
+  return emulation::Exchange(value, [=](const T* all) { return all[lane ^ mask]; });
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int step) {
+  const int lane = static_cast<int>(emulation::current % 32);
+  return emulation::Exchange(value,
+                             [=](const T* all) { return all[lane < step ? lane : lane - step]; });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return emulation::Exchange(value, [](const unsigned* v) { return *std::max_element(v, v + 32); });
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+  return emulation::Exchange(value, [](const unsigned* v) { return *std::min_element(v, v + 32); });
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  return emulation::Exchange(value, [](const bool* v) {
+    unsigned mask = 0;
+    for (int i = 0; i < 32; ++i) mask |= static_cast<unsigned>(v[i]) << i;
+    return mask;
+  });
+}
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+
+template <typename T>
+T atomicAdd(T* to, T value) {
+  const T before = *to;
+  *to += value;
+  return before;
+}
+template <typename T>
+T atomicSub(T* to, T value) {
+  const T before = *to;
+  *to -= value;
+  return before;
+}
+template <typename T>
+T atomicMax(T* to, T value) {
+  const T before = *to;
+  *to = std::max(*to, value);
+  return before;
+}
+
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+enum cudaError_t { cudaSuccess = 0 };
+using cudaStream_t = void*;
+enum {
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaFuncAttributeMaxDynamicSharedMemorySize
+};
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, int, size_t) {
+  return cudaSuccess;
+}
+
+#endif  // SLAP_TESTS_CUDA_EMULATION_H_
