@@ -30,6 +30,7 @@ from torch import Tensor
 from slap_ds.comm import Comm
 from slap_ds.config import Config, resolve_deepspeed
 from slap_ds.data.packing import PackedRow
+from slap_ds.metrics import Stopwatch
 from slap_ds.models.causal import (
     PackedCausalLM,
     count_parameters,
@@ -47,6 +48,7 @@ class TrainStats:
 
     loss: float  # nats: weighted sum over this rank's trained tokens
     grad_norm: float  # before clipping, of the whole model
+    seconds: dict[str, float]  # forward_s, backward_s, optimizer_s
     boundary_bytes: int = 0  # forward reuse: block inputs this rank held at once
 
 
@@ -96,17 +98,21 @@ class Engine(ABC):
             group["lr"] = lr
         if replay:
             self._inputs().start_replay(rows)
+        watch = Stopwatch(self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, row in enumerate(rows):
-            part = self._forward(row.to(self.device), "train", None)
+            with watch("forward"):
+                part = self._forward(row.to(self.device), "train", None)
             loss += part.detach()
-            self._backward(part, total_weight, last=i == len(rows) - 1)
-        grad_norm = self._step()
+            with watch("backward"):
+                self._backward(part, total_weight, last=i == len(rows) - 1)
+        with watch("optimizer"):
+            grad_norm = self._step()
         boundary_bytes = 0
         if replay:
             boundary_bytes = self._inputs().peak_bytes
             self._inputs().stop()
-        return TrainStats(float(loss), grad_norm, boundary_bytes)
+        return TrainStats(float(loss), grad_norm, watch.seconds(), boundary_bytes)
 
     @property
     def can_reuse(self) -> bool:
@@ -234,7 +240,7 @@ class DeepSpeedEngine(Engine):
     def _whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         if self.settings["zero_optimization"].get("stage") != 3:
             return nullcontext()
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         gathered: AbstractContextManager[Any] = GatheredParameters(parameters)
         return gathered
