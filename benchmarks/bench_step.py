@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 from pathlib import Path
@@ -22,10 +23,12 @@ from environment import describe
 from slap_ds.config import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import stop_ranks
+from slap_ds.models.causal import block_flops, head_flops
 from slap_ds.run import Run, prepare
+from slap_ds.scoring import Wants
 from slap_ds.trainer import train_step
 
-PHASES = ("score", "gather", "select", "scatter", "train")
+PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimizer")
 ROOT = Path(__file__).parents[1]
 
 
@@ -47,8 +50,11 @@ def main() -> None:
                 rounds[name].append(record)
             if base.comm.rank == 0:
                 print(f"round {number} {name}: {record['step_s']:.2f} s", flush=True)
+    gathered = count_gathers(base, cases)
+    profiled = profile_flops(base)
     if base.comm.rank == 0:
         result = summary(rounds, base, options)
+        result["gathers"], result["forward_flops"] = gathered, profiled
         show(result)
         if options.json:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
@@ -64,12 +70,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--candidates", type=int, default=64)
     parser.add_argument("--row-tokens", type=int, default=1024)
-    parser.add_argument("--max-tokens", type=int, default=512)
-    parser.add_argument("--pruning", type=float, nargs="+", default=[0.2, 0.4, 0.6])
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--pruning", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--data", nargs="+", default=["builtin:demo/train"])
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        help="training files (default: synthetic conversations, all of --max-tokens tokens, so "
+        "that pruning samples and pruning tokens are the same)",
+    )
     parser.add_argument("--tokenizer", default="builtin:demo")
     parser.add_argument("--template", default="auto")
     parser.add_argument("--deepspeed", help="DeepSpeed JSON (default: the package's ZeRO-3)")
@@ -82,7 +93,7 @@ def base_config(options: argparse.Namespace) -> Config:
     return Config.model_validate(
         {
             "run_dir": tempfile.mkdtemp(prefix="slap-bench-"),
-            "steps": options.rounds + options.warmup,
+            "steps": options.rounds + options.warmup + 2,
             "model": {
                 "config": {
                     "model_type": "llama",
@@ -101,7 +112,7 @@ def base_config(options: argparse.Namespace) -> Config:
                 "dtype": options.dtype,
             },
             "data": {
-                "train": options.data,
+                "train": options.data or [synthetic(options)],
                 "template": options.template,
                 "max_tokens": options.max_tokens,
             },
@@ -116,6 +127,44 @@ def base_config(options: argparse.Namespace) -> Config:
     )
 
 
+def synthetic(options: argparse.Namespace) -> str:
+    """Conversations of random words, longer than --max-tokens, for every rank the same."""
+    rng = random.Random(0)
+    words = [
+        "the",
+        "a",
+        "of",
+        "to",
+        "in",
+        "is",
+        "it",
+        "you",
+        "that",
+        "he",
+        "was",
+        "for",
+        "on",
+        "are",
+        "with",
+        "as",
+        "his",
+        "they",
+        "be",
+        "at",
+        "one",
+        "have",
+    ]
+    path = Path(tempfile.gettempdir()) / f"slap-bench-{options.max_tokens}.jsonl"
+    lines = []
+    for _ in range(4 * options.candidates):
+        text = " ".join(rng.choices(words, k=2 * options.max_tokens))
+        question = " ".join(rng.choices(words, k=16))
+        lines.append(json.dumps({"prompt": question, "completion": text}) + "\n")
+    if not path.is_file() or path.read_text() != "".join(lines):
+        path.write_text("".join(lines))
+    return str(path)
+
+
 def case(base: Run, forward: str, pruning: float) -> Run:
     """The same engine and data under another selection."""
     config = base.config.model_copy(
@@ -125,6 +174,49 @@ def case(base: Run, forward: str, pruning: float) -> Run:
         }
     )
     return Run(config, base.comm, base.inputs, base.engine, base.stream, base.scorer, base.selector)
+
+
+def count_gathers(base: Run, cases: dict[str, Run]) -> dict[str, dict[str, float]]:
+    """ZeRO-3's all-gathers in one step of each case, in models and calls, by DeepSpeed's logger."""
+    from deepspeed import comm as ds_comm
+
+    log = ds_comm.comm.comms_logger
+    ds_comm.configure(enabled=True, prof_all=True, verbose=False)
+    batch = CandidateBatch(base.inputs.train, next(base.stream))
+    size = base.engine.parameters * (2 if base.config.model.dtype == "bfloat16" else 4)
+    out = {}
+    for name, run in cases.items():
+        log.comms_dict.clear()
+        train_step(run, 0, batch)
+        entries = [
+            (bytes_, entry[0])
+            for operation, by_size in log.comms_dict.items()
+            if "all_gather" in operation or "allgather" in operation
+            for bytes_, entry in by_size.items()
+        ]
+        out[name] = {
+            "models": sum(b * n for b, n in entries) / size,
+            "calls": sum(n for _, n in entries),
+        }
+    ds_comm.configure(enabled=False)
+    return out
+
+
+def profile_flops(base: Run) -> dict[str, float]:
+    """One row's scoring forward: our formula and DeepSpeed's profiler (which counts what runs)."""
+    from deepspeed.profiling.flops_profiler import FlopsProfiler
+
+    batch = CandidateBatch(base.inputs.train, next(base.stream))
+    row = batch.rows([0], base.config.batch.micro_batch_tokens)[0]
+    profiler = FlopsProfiler(base.engine.model)
+    profiler.start_profile()
+    base.engine.score([row], Wants())
+    counted = float(profiler.get_total_flops())
+    profiler.end_profile()
+    config, parameters = base.inputs.model_config, base.engine.parameters
+    ours = block_flops(config, parameters, row.lengths)
+    ours += head_flops(config, int(batch.response_tokens[0]))
+    return {"formula": ours, "deepspeed_profiler": counted}
 
 
 def summary(
@@ -153,6 +245,7 @@ def summary(
             "share": {p: median(f"{p}_s") / step for p in PHASES},
             "selection_share": statistics.median(r["selection_s"] / r["step_s"] for r in records),
             "busiest_rank_over_mean": median("busiest_rank_over_mean"),
+            "trained_token_share": median("trained_tokens") / median("candidate_tokens"),
             "boundary_bytes": median("boundary_bytes"),
             "bytes_sent": median("bytes_sent"),
             "peak_gib": median("peak_gib"),
@@ -189,7 +282,7 @@ def show(result: dict[str, Any]) -> None:
         print(
             f"{c['case']:>14} {c['ratio_to_full']:8.3f} {c['flops_ratio_to_full']:7.3f} "
             f"{c['step_s']:8.2f} {100 * c['selection_share']:9.2f} "
-            f"{c['busiest_rank_over_mean']:8.3f}"
+            f"{c['busiest_rank_over_mean']:8.3f} {result['gathers'][c['case']]['models']:8.2f}"
         )
 
 

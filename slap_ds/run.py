@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from slap_ds import checkpoint as checkpoints
 from slap_ds.comm import Comm
 from slap_ds.config import Config, SelectionConfig, resolve_deepspeed, write_config
@@ -96,6 +98,8 @@ def prepare(config: Config) -> Run:
         checkpoints.check_matches(newest, comm.world, facts)
     engine = make_engine(config, inputs.model_config, comm)
     run = Run(config, comm, inputs, engine, stream, scorer, selector)
+    if run.reuses and selector.needs:
+        check_boundaries(run)
     if newest is not None:
         state = checkpoints.load(newest, engine, comm, run.facts)
         run.start_step = newest.step
@@ -109,6 +113,35 @@ def prepare(config: Config) -> Run:
         write_config(config, run_dir / "config.yaml")
         write_deepspeed(engine, run_dir / "deepspeed.json")
     return run
+
+
+def check_boundaries(run: Run) -> None:
+    """Refuse forward reuse whose block inputs cannot fit, before any step is taken.
+
+    Raises:
+        ValueError: the boundaries of a rank's candidates exceed the memory that is free for them.
+    """
+    text = run.inputs.model_config.get_text_config()
+    local = run.config.batch.candidates / run.comm.world * float(run.inputs.train.lengths.mean())
+    value = {"float32": 4, "bfloat16": 2}[run.config.model.dtype]
+    need = local * text.hidden_size * (text.num_hidden_layers + 1) * value
+    on_host = run.config.step.boundaries == "host" or run.engine.device.type == "cpu"
+    if on_host:
+        free = _free_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", run.comm.world))
+    else:
+        free = float(torch.cuda.mem_get_info(run.engine.device)[0])
+    if need > free:
+        raise ValueError(
+            f"forward reuse keeps about {need / 2**30:.1f} GiB of block inputs on a rank, "
+            f"{free / 2**30:.1f} GiB are free for them on the {'host' if on_host else 'device'}: "
+            "lower batch.candidates, use step.boundaries: host, or step.forward: separate"
+        )
+
+
+def _free_host_bytes() -> float:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        sizes = dict(line.split(":") for line in file)
+    return float(sizes["MemAvailable"].split()[0]) * 1024
 
 
 def read_inputs(config: Config) -> Inputs:

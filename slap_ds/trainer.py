@@ -64,7 +64,7 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
     `batch` is the whole candidate batch; each rank works on its share of it.
     """
     config, comm, engine = run.config, run.comm, run.engine
-    watch = Stopwatch()
+    watch = Stopwatch(engine.device)
     n = len(batch)
     budget = budget_at(step, len(run.stream), n, config.selection)
     scoring = budget < n and bool(run.selector.needs)
@@ -97,6 +97,7 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
             total_weight = float(response @ selection.weights.double().numpy())
             lr = learning_rate(step, len(run.stream), config)
             stats = engine.train(rows, total_weight, lr, replay=reuse)
+    seconds = {**watch.seconds(), **stats.seconds}
     loss, *loads = _totals(comm, step, stats.loss, int(batch.lengths[mine].sum()))
     record = {
         "event": "train",
@@ -112,8 +113,8 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
         "busiest_rank_over_mean": max(loads) / (sum(loads) / len(loads)),
         "forward": "reuse" if reuse else "separate" if scoring else "train",
         **_flops(run, batch, picks, scoring, reuse),
-        **watch.seconds,
-        "selection_s": sum(watch.seconds.get(f"{p}_s", 0) for p in ("gather", "select", "scatter")),
+        **seconds,
+        "selection_s": sum(seconds.get(f"{p}_s", 0) for p in ("gather", "select", "scatter")),
         "bytes_sent": comm.bytes_sent - sent_before,
         "boundary_bytes": stats.boundary_bytes,
         **selection.stats,

@@ -111,11 +111,14 @@ def test_a_checkpoint_of_another_world_or_other_data(capsys, write, tmp_path):
     )
 
 
-def test_reuse_where_it_cannot_be(capsys, write, tmp_path):
+def test_reuse_where_it_cannot_be(capsys, write, tmp_path, monkeypatch):
     noisy = tiny_model(tmp_path / "noisy", attention_dropout=0.1)
     changes = {"model__path": noisy, "model__gradient_checkpointing": True}
     text = fails(capsys, "train", write(step__forward="reuse", **changes))
     assert "attention_dropout = 0.1" in text
+    monkeypatch.setattr("slap_ds.run._free_host_bytes", lambda: 1000.0)
+    text = fails(capsys, "train", write(model__gradient_checkpointing=True))
+    assert "GiB are free for them on the host" in text
     text = fails(capsys, "train", write(step__forward="reuse", step__balance="deal"))
     assert "choose quota or none" in text
 
