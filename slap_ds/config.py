@@ -131,8 +131,9 @@ class ScoringConfig(Section):
     """Random vectors of the Hutchinson sources and of hvp."""
     blocks: int = Field(1, ge=1)
     """How many of the last blocks hutchinson_blocks and blocks_kron go through."""
-    curvature_tokens: float = Field(1.0, gt=0, le=1)
-    """exact_head: share of the response tokens, drawn anew at each step, that it is a mean over."""
+    curvature_tokens: float = Field(0.25, gt=0, le=1)
+    """exact_head: share of the response tokens, drawn anew at each step, that it is the mean over;
+    a quarter changes it by less than a step's own noise (docs/method.md)."""
     curvature_block: int = Field(1, ge=1)
     """Neighbouring dimensions that share one curvature, their mean; 1: each its own."""
     curvature_decay: float = Field(0.9, ge=0, lt=1)

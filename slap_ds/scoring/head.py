@@ -489,6 +489,25 @@ def head_cost(
     return flops
 
 
+def head_bytes(wants: Wants, samples: int, width: int, vocab: int, chunk_tokens: int) -> int:
+    """Most bytes of tensors that `score_head` holds at once, with float32 sums: a bound.
+
+    chunk * V * 12 for the softmax (4 without, 6 with bfloat16, 12 with soft-capping), what is
+    accumulated over (V,), and the sums of the row's samples.
+
+    Args:
+        samples: of one row.
+    """
+    a, b = wants.size
+    kron, hvp = wants.sketch == "head_kron", wants.sketch == "hvp"
+    hutchinson = wants.diagonal == "hutchinson_head"
+    wide = a * b if kron else width
+    columns = 4 + wants.probes * (2 * hutchinson + hvp) + a * kron
+    per_token = 6 * width + 2 * wide * kron
+    small = chunk_tokens * per_token + 3 * samples * wide + 4 * (columns + 4) * width
+    return 12 * chunk_tokens * vocab + 4 * (columns * vocab + small) + 2**20
+
+
 class WeightedTokenLoss(torch.autograd.Function):
     """sum_t w_t * cross_entropy(head(h_t), y_t), with gradients made in the forward.
 

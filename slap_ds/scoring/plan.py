@@ -70,13 +70,17 @@ class ScoringPlan:
         return head_cost(wants, tokens, samples, text.hidden_size, text.vocab_size, chunk)
 
     def block_passes(self, layers: int) -> float:
-        """Work in blocks beside the forward, in forwards of all `layers` blocks.
+        """Work in blocks beside the forward, in forwards of all `layers` blocks."""
+        return block_passes(self.wants(0, None), layers)
 
-        The last blocks' forward is run again; their backward to hidden states alone costs as much.
-        Of a Hessian-vector product each of the two is differentiated once more.
-        """
-        wants = self.wants(0, None)
-        share = wants.blocks / layers
-        if wants.diagonal == "hutchinson_blocks":
-            return share * (2 + 4 * wants.probes)
-        return 2 * share if wants.sketch == "blocks_kron" else 0.0
+
+def block_passes(wants: Wants, layers: int) -> float:
+    """Work in blocks beside the scoring forward, in forwards of all `layers` blocks.
+
+    The last blocks' forward is run again; their backward to hidden states alone costs as much. Of a
+    Hessian-vector product each of the two is differentiated once more.
+    """
+    share = wants.blocks / layers
+    if wants.diagonal == "hutchinson_blocks":
+        return share * (2 + 4 * wants.probes)
+    return 2 * share if wants.sketch == "blocks_kron" else 0.0

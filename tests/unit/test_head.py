@@ -1,13 +1,11 @@
 """The head's closed forms against float64 double backward, chunking against whole logits."""
 
-import math
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import TensorPeak
 from slap_ds.scoring import Head, Wants, WeightedTokenLoss, score_head
-from slap_ds.scoring.head import HeadGradient, head_cost, head_probes, sums_first
+from slap_ds.scoring.head import HeadGradient, head_bytes, head_cost, head_probes, sums_first
 from slap_ds.scoring.probes import projection
 
 SOURCES = [None, "exact_head", "hutchinson_head"]
@@ -300,42 +298,6 @@ def test_a_gradient_that_is_not_finite_is_seen_in_training():
     assert weight.grad.isnan().any()
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes of tensors that were alive at once, storages counted once."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.most = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        import weakref
-
-        out = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                key = storage._cdata
-                if key not in self.live and key not in self.known:
-                    self.live[key] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, key, None)
-        self.most = max(self.most, sum(self.live.values()))
-        return out
-
-    known: frozenset = frozenset()
-
-
-def memory_bound(case, wants, chunk):
-    """docs/method.md, in bytes: logits, what is accumulated over (V,), the samples' sums."""
-    vocab, width = case.head.weight.shape
-    m = wants.probes if wants.diagonal == "hutchinson_head" or wants.sketch == "hvp" else 0
-    columns = 2 * m * (wants.diagonal == "hutchinson_head") + m * (wants.sketch == "hvp")
-    columns += wants.size[0] * (wants.sketch == "head_kron") + 4
-    wide = math.prod(wants.size) if wants.sketch == "head_kron" else width
-    tokens = chunk * (6 * width + 2 * wide * (wants.sketch == "head_kron"))
-    sums = 3 * case.samples * wide + 4 * (columns + 4) * width
-    return 12 * chunk * vocab + 4 * (columns * vocab + tokens + sums) + 2**16
-
-
 @pytest.mark.parametrize("kind", ["plain", "capped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("share", [1.0, 0.25])
@@ -347,11 +309,11 @@ def test_peak_memory_is_within_the_documented_bound(sketch, source, share, dtype
     wants = EVERYTHING._replace(sketch=sketch, diagonal=source, token_share=share)
     kept = None if share == 1 else torch.arange(300) % 4 == 0
     case.score(wants, chunk_tokens=chunk, kept=kept)
-    with Peak() as peak:
-        tensors = (case.hidden, case.head.weight, case.targets, case.sample)
-        peak.known = frozenset(x.untyped_storage()._cdata for x in tensors)
+    with TensorPeak([case.hidden, case.head.weight, case.targets, case.sample]) as peak:
         case.score(wants, chunk_tokens=chunk, kept=kept)
-    assert chunk * 8191 * 4 < peak.most <= memory_bound(case, wants, chunk)
+    bound = head_bytes(wants, case.samples, 32, 8191, chunk)
+    assert bound <= (12 * chunk + 4 * (4 + 3 * 3 + 4)) * 8191 + 1.5 * 2**20
+    assert chunk * 8191 * 4 < peak.bytes <= bound - 2**19
 
 
 def test_counted_flops_are_those_of_the_products():
