@@ -1,4 +1,4 @@
-"""The command line: slap-ds train | preview | export | compare | estimate | ...
+"""The command line: slap-ds train | preview | export | convert | compare | estimate | ...
 
 A mistake of the user's is one line on stderr and exit status 1, never a traceback.
 """
@@ -33,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("interrupted")
     except Exception as error:
         from slap_ds.comm import RankDisagreement
-        from slap_ds.run import OtherRankFailed
+        from slap_ds.run import OtherRankFailed, RankError
 
         if isinstance(error, OtherRankFailed):
             sys.exit(1)
-        if isinstance(error, RankDisagreement):
+        if isinstance(error, (RankDisagreement, RankError)):
             _fail(str(error), every_rank=True)
         raise
 
@@ -49,7 +49,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 
     config = read_config(options.config, rest)
     from slap_ds.engine import stop_ranks
-    from slap_ds.run import dry_run, prepare
+    from slap_ds.run import RankError, dry_run, prepare
     from slap_ds.trainer import train
 
     if options.dry_run:
@@ -57,7 +57,11 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
         for name, value in dry_run(config).items():
             console.print(f"{name:>22}  {value}", highlight=False)
         return
-    train(prepare(config))
+    run = prepare(config)
+    try:
+        train(run)
+    except ValueError as error:
+        raise RankError(f"step {run.step}: {error}") from error
     stop_ranks()
 
 
@@ -88,6 +92,18 @@ def _generate(options: argparse.Namespace, rest: list[str]) -> None:
     answer = Answerer(Path(options.model))
     for prompt in options.prompt:
         print(f"user: {prompt}\nassistant: {answer(prompt, options.max_new_tokens)}")
+
+
+def _convert(options: argparse.Namespace, rest: list[str]) -> None:
+    from slap_ds.models.chatglm import convert_chatglm
+
+    convert_chatglm(
+        Path(options.src),
+        Path(options.dst),
+        reverse=options.reverse,
+        dtype=options.dtype,
+        family=options.family,
+    )
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> None:
@@ -172,6 +188,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", nargs="+")
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.set_defaults(run=_generate)
+
+    convert = commands.add_parser("convert", help="published checkpoints to transformers' layout")
+    layouts = convert.add_subparsers(required=True, metavar="LAYOUT")
+    chatglm = layouts.add_parser("chatglm", help="ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B, and back")
+    chatglm.add_argument("src", help="the published folder, downloaded whole")
+    chatglm.add_argument("dst", help="a new folder")
+    chatglm.add_argument("--reverse", action="store_true", help="back to the published layout")
+    chatglm.add_argument("--dtype", help="float32, bfloat16, float16 (default: each tensor's own)")
+    chatglm.add_argument("--family", help="chatglm2, chatglm3, glm4 (default: seen in the folder)")
+    chatglm.set_defaults(run=_convert)
 
     compare = commands.add_parser("compare", help="runs side by side")
     compare.add_argument("run_dirs", nargs="+")

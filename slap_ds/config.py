@@ -58,7 +58,8 @@ class DataConfig(Section):
     format: str = "auto"
     """messages, sharegpt, alpaca, prompt_completion; auto recognises each row by its fields."""
     template: str = "auto"
-    """Conversation template: a built-in name, or auto for the tokenizer's own chat template."""
+    """Conversation template: a built-in name, or auto: ChatGLM's and GLM-4's are recognised by their
+    tokenizer, others use the tokenizer's own chat template."""
     max_tokens: int = Field(1024, ge=2)
     """Longest sample, in tokens."""
     over_length: Literal["truncate", "drop"] = "truncate"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from slap_ds.config import Config
 from slap_ds.data.formats import Message
 from slap_ds.data.templates import Template, make_template
 from slap_ds.engine import whole_weights
+from slap_ds.models.chatglm import KEPT
 from slap_ds.models.load import DTYPES, load_config, load_tokenizer
 
 
@@ -52,6 +54,9 @@ def export(run_dir: Path, out: Path) -> Path:
     tokenizer.save_pretrained(out)
     note = {"run": run_dir.name, "step": newest.step, "template": template.name}
     (out / "slap_ds.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    kept = Path(config.model.path or "") / KEPT
+    if config.model.path and kept.is_dir():  # the way back of a converted ChatGLM
+        shutil.copytree(kept, out / KEPT, dirs_exist_ok=True)
     return out
 
 

@@ -7,7 +7,8 @@ token is looked up, never parsed, and text is encoded piece by piece with specia
 off, so whatever a user types stays text. The answer and the stop token of every assistant turn are
 trained, nothing else.
 
-"auto" renders the tokenizer's own chat template instead, finds the answers by rendering prefixes of
+"auto" takes the built-in template of a ChatGLM or GLM-4 tokenizer, which its control tokens give
+away. For others it renders the tokenizer's own chat template, finds the answers by rendering prefixes of
 the conversation, and refuses rows whose text holds a special token, because there they would
 become one.
 """
@@ -27,7 +28,7 @@ from jinja2 import TemplateError
 from slap_ds.data import builtin_templates
 from slap_ds.data.builtin_templates import Piece
 from slap_ds.data.formats import Message
-from slap_ds.data.glm_templates import GLM_TEMPLATES
+from slap_ds.data.glm_templates import GLM_TEMPLATES, recognise_glm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -345,7 +346,8 @@ def _describe(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def make_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
-    """The template of that name for a tokenizer; "auto" is the tokenizer's own chat template.
+    """The template of that name for a tokenizer; "auto" is ChatGLM's or GLM-4's where the tokenizer
+    has their control tokens, else the tokenizer's own chat template.
 
     Raises ValueError: unknown name, a tokenizer without the special tokens that a built-in needs
     or without a chat template, or a chat template in which the answers cannot be found.
@@ -355,6 +357,11 @@ def make_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
     built_in = ", ".join(TEMPLATES)
     if name != "auto":
         raise ValueError(f"unknown template {name!r}: expected auto, {built_in}")
+    # Their own chat templates end an answer where the next role begins, which cannot be rendered
+    # answer by answer. Later GLMs, which think first, have the same tokens and other prompts.
+    family = recognise_glm(_special_tokens(tokenizer))
+    if family is not None and "<think>" not in tokenizer.get_added_vocab():
+        return _BuiltInTemplate(family, tokenizer)
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer has no chat template of its own: name a built-in one ({built_in})"
