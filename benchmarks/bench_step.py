@@ -130,30 +130,7 @@ def base_config(options: argparse.Namespace) -> Config:
 def synthetic(options: argparse.Namespace) -> str:
     """Conversations of random words, longer than --max-tokens, for every rank the same."""
     rng = random.Random(0)
-    words = [
-        "the",
-        "a",
-        "of",
-        "to",
-        "in",
-        "is",
-        "it",
-        "you",
-        "that",
-        "he",
-        "was",
-        "for",
-        "on",
-        "are",
-        "with",
-        "as",
-        "his",
-        "they",
-        "be",
-        "at",
-        "one",
-        "have",
-    ]
+    words = [f"word{i}" for i in range(40)]
     path = Path(tempfile.gettempdir()) / f"slap-bench-{options.max_tokens}.jsonl"
     lines = []
     for _ in range(4 * options.candidates):

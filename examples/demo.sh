@@ -5,16 +5,19 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ranks=${1:-2}
 port=$((20000 + RANDOM % 20000))
+# torch 2.13 warns about names that DeepSpeed 0.19 still uses.
+export PYTHONWARNINGS=ignore::FutureWarning
 
-run() { # NAME METHOD
+run() { # METHOD TITLE
   rm -rf "runs/demo-$1"
-  echo "== training: $2"
-  deepspeed --num_gpus "$ranks" --master_port $((port++)) --module slap_ds train configs/demo.yaml \
-    --run_dir "runs/demo-$1" --selection.method "$1" 2>&1 | grep --line-buffered -v '\[INFO\]\|WARNING'
+  printf '\n== %s\n' "$2"
+  deepspeed --quiet --num_gpus "$ranks" --master_port $((port++)) --module slap_ds \
+    train configs/demo.yaml --run_dir "runs/demo-$1" --selection.method "$1"
 }
 
-run slap "SLAP, 40 % of the candidates pruned"
-run full "all data"
+run slap "SLAP: score every candidate, train 60 % of them"
+run full "all data: train every candidate"
+echo
 slap-ds compare runs/demo-slap runs/demo-full
 slap-ds export runs/demo-slap
 slap-ds generate runs/demo-slap/model "What is the capital of France?"

@@ -11,7 +11,9 @@ This is the only module that imports deepspeed.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import json
 import math
 import os
@@ -317,7 +319,8 @@ def whole_weights(folder: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no engine state in {str(folder)!r}")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="engine")
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports every step it takes
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="engine")
     return {name.removeprefix("lm."): value for name, value in state.items()}
 
 

@@ -27,6 +27,10 @@ from slap_ds.selection import Selector, make_selector
 T = TypeVar("T")
 
 
+class RankError(RuntimeError):
+    """A mistake or fault that this rank has seen and others perhaps not, so this one reports it."""
+
+
 class OtherRankFailed(RuntimeError):
     """Another rank has already said what is wrong; this one only leaves."""
 
@@ -53,6 +57,7 @@ class Run:
     scorer: Scorer
     selector: Selector
     start_step: int = 0
+    step: int = 0  # the one in progress
     totals: dict[str, float] = field(default_factory=dict)  # sums over all steps, kept on resume
 
     @property
@@ -221,7 +226,8 @@ def first_on_each_node(comm: Comm, phase: str, work: Callable[[], T]) -> T:
     """Run `work` on one rank of each node, then on the others, which find its results on disk.
 
     Raises:
-        OtherRankFailed: the first rank's `work` raised there; only that rank reports it.
+        RankError: `work` met a mistake on this rank.
+        OtherRankFailed: it did so on another one, which reports it.
     """
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     result, failure = None, None
@@ -232,6 +238,8 @@ def first_on_each_node(comm: Comm, phase: str, work: Callable[[], T]) -> T:
             except Exception as error:
                 failure = error
         failed = comm.exchange(-1, phase, [failure is not None])[:, 0]
+        if isinstance(failure, (ValueError, OSError)) and comm.world > 1:
+            raise RankError(str(failure)) from failure
         if failure is not None:
             raise failure
         if failed.any():

@@ -44,6 +44,7 @@ def train(run: Run) -> None:
         log_evaluation(-1)
     with progress:
         for step in range(run.start_step, steps):
+            run.step = step
             batch = CandidateBatch(run.inputs.train, next(run.stream))
             selection, record = train_step(run, step, batch)
             if metrics is not None and picked is not None:

@@ -13,7 +13,7 @@ import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,13 +44,12 @@ class PackedRow(NamedTuple):
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> PackedRow:
-        return self._replace(
-            **{
-                name: part.to(device, non_blocking=True)
-                for name, part in self._asdict().items()
-                if isinstance(part, Tensor)
-            }
-        )
+        moved: Any = {
+            name: part.to(device, non_blocking=True)
+            for name, part in self._asdict().items()
+            if isinstance(part, Tensor)
+        }
+        return self._replace(**moved)
 
     @property
     def positions(self) -> Tensor:

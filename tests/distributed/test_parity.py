@@ -201,3 +201,20 @@ def test_weighted_picks_weigh_in_the_loss_and_gradients():
     (loss, grad), (expected_loss, expected) = gradient(once), gradient(twice)
     assert math.isclose(loss, expected_loss, rel_tol=1e-6)
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mistake_on_one_rank_is_told_by_that_rank(models, tmp_path):
+    """The first rank of a node cannot read the data: it says so, the others leave quietly."""
+    config = tiny_config(models["llama"], tmp_path / "run", data={"train": ["./nowhere.jsonl"]})
+    told = run_ranks(_kind_of_error, 2, config)
+    assert told[0][0] == "RankError"
+    assert "nowhere.jsonl" in told[0][1]
+    assert told[1][0] == "OtherRankFailed"
+
+
+def _kind_of_error(config: Config) -> tuple[str, str]:
+    try:
+        run_config(config)
+    except RuntimeError as error:
+        return type(error).__name__, str(error)
+    return "", ""
