@@ -26,7 +26,7 @@ CPU_LIBRARY = "_slap_fps.so"
 CUDA_LIBRARY = "_slap_fps_cuda.so"
 
 # No fast-math and no contraction: where a multiply and an add are fused is part of the contract.
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp-contract=off"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 # GCC 12 warns about its own AVX-512 headers otherwise.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -80,16 +80,6 @@ def run(command: list[str]) -> str:
     return done.stderr
 
 
-def has_openmp(cxx: str, folder: Path) -> bool:
-    source = folder / "openmp.cpp"
-    source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    try:
-        run([cxx, "-fopenmp", str(source), "-o", str(folder / "openmp")])
-    except BuildError:
-        return False
-    return True
-
-
 def build_cpu(target: Path, extra_flags: tuple[str, ...] = (), main: Path | None = None) -> None:
     """Compile and link the CPU library, or, with `main`, a program that holds it."""
     cxx = find_cxx()
@@ -98,7 +88,7 @@ def build_cpu(target: Path, extra_flags: tuple[str, ...] = (), main: Path | None
     x86 = platform.machine().lower() in X86
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        common = [*CXX_FLAGS, *extra_flags, *(["-fopenmp"] if has_openmp(cxx, folder) else [])]
+        common = [*CXX_FLAGS, *extra_flags]
         jobs = [(CSRC / "cpu" / source, flags if x86 else []) for source, flags in SOURCES.items()]
         if main is not None:
             jobs.append((main, []))

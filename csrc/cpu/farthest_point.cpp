@@ -10,6 +10,7 @@
 // order, so the number of threads changes nothing.
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -24,18 +25,15 @@
 
 #include "../slap_fps.h"
 #include "kernels.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "team.h"
 
 namespace slap {
 namespace {
 
 constexpr int kMaxBlock = 1024;
 constexpr int64_t kMaxDimensions = 65536;
-// Below this many pair-dimensions (20 us of one core) a parallel region costs more than it saves.
-constexpr int64_t kParallelWork = 1 << 20;
+// Below this many pair-dimensions (some 50 us of one core) a pass is not worth waking threads for.
+constexpr int64_t kParallelWork = 1 << 22;
 // The filter's fixed cost (packing, bounds) needs rows of some length to pay.
 constexpr int64_t kFilterDimensions = 32;
 // Norms above this could overflow in the filter's bound; no such pair is filtered.
@@ -158,7 +156,7 @@ class Selection {
   Selection(const SlapFpsProblem& problem, const Kernels& kernels, int threads, int block)
       : p_(problem),
         kernels_(kernels),
-        threads_(threads),
+        team_(threads),
         block_(block),
         pool_size_(std::min(kLanes, block)),
         rows_(problem),
@@ -283,12 +281,11 @@ class Selection {
   void PoolDistances(int panels, int size) {
     for (int j = 0; j < size; ++j) pick_rows_.Set(j, rows_[pool_[j]], 0);
     const int64_t work = static_cast<int64_t>(size) * size * p_.d / 2;
-#pragma omp parallel for num_threads(threads_) schedule(dynamic, 1) if (work > kParallelWork)
-    for (int task = 0; task < panels; ++task) {
-      const int q = panels - 1 - task;  // the longest first
-      Distances(scratch_[Thread()], pool_.data(), size, q, std::min(size, (q + 1) * kLanes),
+    team_.For(panels, work > kParallelWork, [&](int thread, int64_t task) {
+      const int q = panels - 1 - static_cast<int>(task);  // the longest first
+      Distances(scratch_[thread], pool_.data(), size, q, std::min(size, (q + 1) * kLanes),
                 PoolPanel(q));
-    }
+    });
     for (int q = 0; q < panels; ++q) {
       for (int i = (q + 1) * kLanes; i < size; ++i) {
         const float* mirrored = PoolPanel(i / kLanes) + q * kLanes * kLanes + i % kLanes;
@@ -332,11 +329,10 @@ class Selection {
         pick_bounds_[j] = bounds_[new_[j]];
       }
     }
-    int64_t suspects = 0;
-#pragma omp parallel for num_threads(threads_) schedule(dynamic, 1) \
-    reduction(+ : suspects) if (size * count * p_.d > kParallelWork)
-    for (int64_t q = 0; q < (size + kLanes - 1) / kLanes; ++q) {
-      Scratch& scratch = scratch_[Thread()];
+    std::atomic<int64_t> suspects{0};
+    const bool share = size * count * p_.d > kParallelWork;
+    team_.For((size + kLanes - 1) / kLanes, share, [&](int thread, int64_t q) {
+      Scratch& scratch = scratch_[thread];
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, size - q * kLanes));
       const int32_t* points = targets_.data() + q * kLanes;
       if (filter) {
@@ -344,7 +340,7 @@ class Selection {
         suspects += found;
         if (found <= lanes * count / 4) {  // beyond that the tile is cheaper than the pairs
           ShrinkSuspects(scratch, points, found);
-          continue;
+          return;
         }
       }
       float current[kLanes] = {};
@@ -352,7 +348,7 @@ class Selection {
       Distances(scratch, targets_.data(), size, q, count, scratch.acc.get());
       kernels_.shrink(scratch.acc.get(), count, current);
       for (int lane = 0; lane < lanes; ++lane) squared_[points[lane]] = current[lane];
-    }
+    });
     filter_rests_ = filter && suspects > size * count / 3;
   }
 
@@ -417,25 +413,18 @@ class Selection {
     for (int64_t i = 0; i < p_.n; i += step) {
       for (int64_t c = 0; c < p_.d; ++c) centre[c] += rows_[i][c] * share;
     }
-#pragma omp parallel for num_threads(threads_) schedule(static) if (p_.n * p_.d > kParallelWork)
-    for (int64_t i = 0; i < p_.n; ++i) {
-      bounds_[i] = kernels_.quantise(rows_[i], centre.data(), p_.d, q_.get() + i * q_stride_);
-    }
+    team_.For((p_.n + kLanes - 1) / kLanes, p_.n * p_.d > kParallelWork, [&](int, int64_t panel) {
+      for (int64_t i = panel * kLanes; i < std::min(p_.n, (panel + 1) * kLanes); ++i) {
+        bounds_[i] = kernels_.quantise(rows_[i], centre.data(), p_.d, q_.get() + i * q_stride_);
+      }
+    });
     has_filter_ = std::all_of(bounds_.begin(), bounds_.end(),
                               [](const Quantised& q) { return q.norm < kFilterNorm; });
   }
 
-  static int Thread() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-  }
-
   const SlapFpsProblem& p_;
   const Kernels& kernels_;
-  const int threads_;
+  Team team_;
   const int block_;  // the largest pool
   int pool_size_;
   const Rows rows_;

@@ -272,6 +272,18 @@ def test_every_budget_from_one_to_all() -> None:
         assert torch.equal(some.picks, everything.picks[:m])
 
 
+@pytest.mark.skipif(not PATHS, reason="the native library is not built")
+def test_the_number_of_threads_changes_nothing() -> None:
+    """Passes large enough to be shared out, which those of the small cases are not."""
+    points = make_points("clusters", 1500, 256, torch.Generator().manual_seed(0))
+    plan = check(points, torch.tensor([700]), None, 5, True, None, None)
+    for path in (path for path in PATHS if path != "portable"):
+        one = native.farthest_point_cpu(LIBRARY, points, plan, path=path, threads=1)
+        for threads in (2, 3, 16):
+            many = native.farthest_point_cpu(LIBRARY, points, plan, path=path, threads=threads)
+            assert_same(many, one, (path, threads))
+
+
 def test_many_strata() -> None:
     generator = torch.Generator().manual_seed(0)
     points, strata = torch.randn(600, 8, generator=generator), torch.arange(600) % 256
@@ -405,3 +417,25 @@ def test_a_library_of_another_version_is_refused(
         monkeypatch.setattr(native, "ABI", -1)
         with pytest.raises(OSError, match="expected -1: install slap_ds again"):
             native.load(native.CPU_LIBRARY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "d", "k", "m"),
+    [(65536, 64, 1, 9000), (65536, 1, 256, 30000), (600, 8192, 4, 400), (3000, 512, 256, 2000)],
+)
+def test_the_largest_shapes(n: int, d: int, k: int, m: int) -> None:
+    """Against each other: the reference and PyTorch would take hours."""
+    generator = torch.Generator().manual_seed(0)
+    points = make_points("normal", n, d, generator)
+    strata = torch.arange(n) % k
+    budgets = torch.full((k,), m // k)
+    plan = check(points, budgets, strata, 0, True, None, None)
+    results = [
+        native.farthest_point_cpu(LIBRARY, points, plan, path=path)
+        for path in PATHS
+        if path != "portable"
+    ]
+    for result in results:
+        assert len(result[0].unique()) == plan.picks
+        assert_same(result, results[0], (n, d))
