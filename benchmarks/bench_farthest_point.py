@@ -208,8 +208,9 @@ def environment() -> dict[str, Any]:
     if (info := Path("/proc/cpuinfo")).exists():
         lines = info.read_text().splitlines()
         named = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-        keys = ("model name", "cpu family", "model", "stepping")
-        cpu = ", ".join(f"{key} {named[key]}" for key in keys if key in named)
+        numbers = ("cpu family", "model", "stepping")
+        numbered = [f"{key} {named[key]}" for key in numbers if key in named]
+        cpu = ", ".join([named.get("model name", cpu), *numbered])
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         distribution = "skmatter" if name == "scikit_matter" else name.replace("_", "-")
@@ -220,13 +221,16 @@ def environment() -> dict[str, Any]:
     return {"cpu": cpu, "threads": 1, "commit": commit, "versions": versions, "path": active_path()}
 
 
+def _three_digits(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def table(cases: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for case in cases for name in case["all_ms"]))
     lines = ["| ms | " + " | ".join(f"{case['n']}×{case['d']}" for case in cases) + " |"]
     lines.append("| --- |" + " --- |" * len(cases))
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        (name, lambda case, name=name: f"{case['all_ms'].get(name, float('nan')):.3g}")
-        for name in names
+        (name, lambda case, name=name: _three_digits(case["all_ms"].get(name))) for name in names
     ]
     for title, key in (
         ("best package / ours", "best_package"),
