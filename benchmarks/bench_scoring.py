@@ -50,8 +50,7 @@ SHAPES = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
-    "head_input + exact_head": {"curvature_tokens": 1.0},
-    "head_input + exact_head of 1/4": {"curvature_tokens": 0.25},
+    "head_input + exact_head, all tokens": {"curvature_tokens": 1.0},
     "head_input": {"curvature": "none"},
     "head_input + hutchinson_head 16": {"curvature": "hutchinson_head"},
     "head_input + hutchinson_blocks 1, 2": {"curvature": "hutchinson_blocks", "probes": 2},

@@ -26,6 +26,24 @@ class Section(BaseModel):
     )
 
 
+class LoraConfig(Section):
+    r: int = Field(16, ge=1)
+    """Rank of the two matrices trained beside each adapted one."""
+    alpha: int = Field(32, ge=1)
+    """Scale: what they add is multiplied by alpha / r, with use_rslora by alpha / sqrt(r)."""
+    target_modules: list[str] | None = Field(None, min_length=1)
+    """Ends of the names of the linear layers to adapt; default: all of them, save the head."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters; above 0 the scoring forward cannot be the training forward."""
+    use_dora: bool = False
+    """DoRA: train the length of each output's weights apart from their direction."""
+    use_rslora: bool = False
+    """rsLoRA: the scale that stays stable at high ranks."""
+    start: str | None = None
+    """An adapter folder in peft's format to go on from; its own rank, scale, targets and kind
+    count, not those above."""
+
+
 class ModelConfig(Section):
     path: str | None = None
     """A Hugging Face model folder or hub name to start from."""
@@ -40,6 +58,8 @@ class ModelConfig(Section):
     sdpa, eager, flex_attention, flash_attention_2."""
     gradient_checkpointing: bool = True
     """Keep only block inputs in the forward and recompute the rest in the backward."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters beside frozen weights; null: full fine-tuning."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -47,6 +67,8 @@ class ModelConfig(Section):
             raise ValueError("give exactly one of model.path and model.config")
         if self.path is None and self.tokenizer is None:
             raise ValueError("model.config needs model.tokenizer as well")
+        if self.path is None and self.lora is not None:
+            raise ValueError("model.lora needs model.path: fresh weights are nothing to adapt")
         return self
 
 
@@ -58,8 +80,8 @@ class DataConfig(Section):
     format: str = "auto"
     """messages, sharegpt, alpaca, prompt_completion; auto recognises each row by its fields."""
     template: str = "auto"
-    """Conversation template: a built-in name, or auto: ChatGLM's and GLM-4's are recognised by their
-    tokenizer, others use the tokenizer's own chat template."""
+    """Conversation template: a built-in name, or auto: those of ChatGLM and GLM-4 are recognised by
+    their tokenizers, others use the tokenizer's own chat template."""
     max_tokens: int = Field(1024, ge=2)
     """Longest sample, in tokens."""
     over_length: Literal["truncate", "drop"] = "truncate"
@@ -143,7 +165,7 @@ class ScoringConfig(Section):
     """Exponent of the curvature in the preconditioner."""
     curvature_floor: float = Field(1e-3, gt=0)
     """Smallest curvature, as a share of its mean over dimensions; keeps the division bounded."""
-    chunk_tokens: int = Field(256, ge=1)
+    chunk_tokens: int = Field(512, ge=1)
     """Tokens whose logits are held at once: peak extra memory is chunk_tokens * V * 12 bytes."""
 
     @model_validator(mode="after")
@@ -288,12 +310,18 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
 def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, description with its default) of every setting, in reading order."""
     for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        inner = next((a for a in get_args(field.annotation) if _is_section(a)), field.annotation)
+        if inner is not field.annotation:
+            yield f"{prefix}{name}", f"{field.description} (default {field.default!r})"
+        if _is_section(inner):
             yield from config_keys(inner, f"{prefix}{name}.")
         else:
             default = "required" if field.is_required() else f"default {field.default!r}"
             yield f"{prefix}{name}", f"{field.description or ''} ({default})".strip()
+
+
+def _is_section(kind: Any) -> bool:
+    return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -96,7 +96,7 @@ class Head(NamedTuple):
 
     def _piece_rows(self) -> int:
         # A piece should stay in a processor's cache; a GPU wants few launches instead.
-        return 8192 if self.weight.is_cuda else max(1, 2**18 // self.weight.shape[1])
+        return 2048 if self.weight.is_cuda else max(1, 2**18 // self.weight.shape[1])
 
     def _pieces(self) -> tuple[Tensor, ...]:
         pieces: tuple[Tensor, ...] = self.weight.split(self._piece_rows())
@@ -182,7 +182,7 @@ class Chunk:
         return "delta" in self.__dict__
 
     @cached_property
-    def first(self) -> tuple[int, int]:
+    def span(self) -> tuple[int, int]:
         """The lowest sample here, and how many the chunk spans."""
         low, high = int(self.sample.min()), int(self.sample.max())
         return low, high - low + 1
@@ -192,9 +192,16 @@ class Chunk:
         here = torch.arange(low, low + count, device=weight.device)[:, None] == self.sample
         return torch.where(here, weight, 0)
 
-    def sum_bend(self) -> Tensor:
-        """(V,): sum_t d_t."""
-        return self._at_targets(self.inv @ self.bend, self.bend_at)
+    @cached_property
+    def counted(self) -> Tensor:
+        """(k,) indices of the tokens that count for the exact diagonal."""
+        if self.kept is None:
+            return torch.arange(len(self.y), device=self.y.device)
+        return self.kept.nonzero()[:, 0]
+
+    def sum_bend(self, weight: Tensor) -> Tensor:
+        """(V,): sum_t weight_t d_t."""
+        return self._at_targets((weight * self.inv) @ self.bend, weight * self.bend_at)
 
     def dot(self, u: Tensor) -> Tensor:
         """(V, m) -> (c, m): q_t . u."""
@@ -222,7 +229,11 @@ class Chunk:
 class Part(Protocol):
     """One source or sketch: takes in the chunks of a row, then gives its sums."""
 
-    def add(self, chunk: Chunk) -> None: ...
+    def rows(self, chunk: Chunk) -> Tensor | None:
+        """(k, V) that this part needs times W; those of all parts meet W together."""
+
+    def add(self, chunk: Chunk, product: Tensor) -> None:
+        """Take in a chunk; `product` (k, E) is `rows(chunk)` times W."""
 
     def result(self) -> Tensor: ...
 
@@ -239,11 +250,16 @@ class InputGradient:
         weight = head.weight
         self.sum = torch.zeros(samples, weight.shape[1], dtype=head.acc, device=weight.device)
 
-    def add(self, chunk: Chunk) -> None:
-        low, count = chunk.first
-        if not chunk.has_delta and sums_first(len(chunk.y), count, self.sum.shape[1]):
-            summed = chunk.member(chunk.inv, low, count) @ chunk.dense
-            self.sum[low : low + count] += chunk.head.times(summed)
+    def rows(self, chunk: Chunk) -> Tensor | None:
+        low, count = chunk.span
+        if chunk.has_delta or not sums_first(len(chunk.y), count, self.sum.shape[1]):
+            return None
+        return chunk.member(chunk.inv, low, count) @ chunk.dense
+
+    def add(self, chunk: Chunk, product: Tensor) -> None:
+        if len(product):
+            low, count = chunk.span
+            self.sum[low : low + count] += product
         else:
             self.sum.index_put_((chunk.sample,), chunk.delta, accumulate=True)
 
@@ -271,7 +287,10 @@ class Kron:
         self.wp: Tensor | None = None
         self.sum = torch.zeros(samples, a * b, dtype=head.acc, device=device)
 
-    def add(self, chunk: Chunk) -> None:
+    def rows(self, chunk: Chunk) -> Tensor | None:
+        return None
+
+    def add(self, chunk: Chunk, product: Tensor) -> None:
         if chunk.has_delta:
             left = chunk.delta @ self.p.t()
         else:
@@ -298,9 +317,12 @@ class Hvp:
         self.u = head.project(self.z)
         self.sum = torch.zeros(samples, len(self.z), dtype=head.acc, device=self.z.device)
 
-    def add(self, chunk: Chunk) -> None:
+    def rows(self, chunk: Chunk) -> Tensor | None:
+        return None
+
+    def add(self, chunk: Chunk, product: Tensor) -> None:
         qu = chunk.dot(self.u)
-        low, count = chunk.first
+        low, count = chunk.span
         # A group's sums are (g, V): no more than an eighth of the chunk's logits.
         group = max(1, len(chunk.y) // 8)
         for start in range(low, low + count, group):
@@ -332,20 +354,15 @@ class ExactDiagonal:
         self.d = torch.zeros(head.weight.shape[0], dtype=head.acc, device=device)
         self.square = torch.zeros(width, dtype=head.acc, device=device)
 
-    def add(self, chunk: Chunk) -> None:
-        if chunk.kept is None:
-            at, y, delta = chunk.at, chunk.y, chunk.delta
-            self.d += chunk.sum_bend()
-        else:
-            index = chunk.kept.nonzero()[:, 0]
-            if not len(index):
-                return
-            at, y = chunk.at[index], chunk.y[index]
-            dense = chunk.dense[index]
-            delta = chunk.head.times(dense) * chunk.inv[index, None]
-            bend = dense if chunk.bend is chunk.dense else chunk.bend[index]
-            self.d += chunk.inv[index] @ bend
-            self.d.index_put_((y,), chunk.bend_at[index], accumulate=True)
+    def rows(self, chunk: Chunk) -> Tensor | None:
+        return None if chunk.has_delta else chunk.dense[chunk.counted]
+
+    def add(self, chunk: Chunk, product: Tensor) -> None:
+        index = chunk.counted
+        at, y, inv = chunk.at[index], chunk.y[index], chunk.inv[index]
+        delta = chunk.delta[index] if chunk.has_delta else product * inv[:, None]
+        count = torch.zeros_like(chunk.inv).index_fill_(0, index, 1)
+        self.d += chunk.sum_bend(count)
         mean = delta + at[:, None] * self.head.weight[y].to(delta.dtype)
         self.square += mean.square_().sum(0)
 
@@ -368,8 +385,11 @@ class HutchinsonDiagonal:
         self.d = torch.zeros_like(self.u[:, 0])
         self.outer = torch.zeros_like(self.u)
 
-    def add(self, chunk: Chunk) -> None:
-        self.d += chunk.sum_bend()
+    def rows(self, chunk: Chunk) -> Tensor | None:
+        return None
+
+    def add(self, chunk: Chunk, product: Tensor) -> None:
+        self.d += chunk.sum_bend(torch.ones_like(chunk.inv))
         self.outer += chunk.sum_dot(chunk.dot(self.u))
 
     def result(self) -> Tensor:
@@ -429,8 +449,7 @@ def score_head(
         sketch = Kron(head, samples, wants)
     elif wants.sketch == "hvp":
         sketch = Hvp(head, samples, wants)
-    # The diagonal first: a sketch uses the products it leaves behind.
-    parts = [part for part in (diagonal, sketch) if part is not None]
+    parts = [part for part in (sketch, diagonal) if part is not None]
     for t in response_chunks(targets, chunk_tokens):
         h = hidden[t] if scale == 1 else hidden[t] * scale
         chunk = Chunk(
@@ -444,8 +463,10 @@ def score_head(
         loss.index_put_((chunk.sample,), chunk.loss, accumulate=True)
         tokens.index_put_((chunk.sample,), torch.ones_like(chunk.sample), accumulate=True)
         counted += (chunk.finite if chunk.kept is None else chunk.finite & chunk.kept).sum()
-        for part in parts:
-            part.add(chunk)
+        if wants.diagonal == "exact_head" and kept is None:
+            _ = chunk.delta  # made here, so that the sketch uses it as well
+        for part, product in zip(parts, _products(chunk, parts), strict=True):
+            part.add(chunk, product)
         del chunk
     # The derivatives above are those by scale * h; head_kron's factors cancel.
     first, second = scale, scale**2
@@ -456,6 +477,21 @@ def score_head(
         None if diagonal is None else diagonal.result() * second,
         None if diagonal is None else counted,
     )
+
+
+def _products(chunk: Chunk, parts: list[Part]) -> list[Tensor]:
+    """What each part's rows are times W; (0, E) for none.
+
+    A product with few rows takes as long as reading W, so rows of several parts go through it as
+    one, unless they are so many that a second copy of them would cost more memory than it is worth.
+    """
+    acc, dtype = chunk.head.acc, chunk.head.weight.dtype
+    none = torch.zeros(0, chunk.head.weight.shape[0], dtype=dtype, device=chunk.y.device)
+    rows = [none if (r := part.rows(chunk)) is None else r.to(dtype) for part in parts]
+    if sum(len(r) for r in rows) > len(chunk.y) / 2 or sum(len(r) > 0 for r in rows) < 2:
+        return [chunk.head.times(r) for r in rows]
+    products = chunk.head.times(torch.cat(rows)).to(acc)
+    return list(products.split([len(r) for r in rows]))
 
 
 def _factor(wants: Wants, first: float, second: float) -> float:

@@ -128,3 +128,48 @@ def test_blocks_kron_with_a_curvature_is_refused():
         ScoringConfig(sketch="blocks_kron")
     wants = make_scorer(sketch="blocks_kron", curvature="none", blocks=2).wants(5)
     assert (wants.blocks, wants.diagonal, wants.step, wants.seed) == (2, None, 5, 3)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_shares_survive_the_wire_bit_for_bit(dtype, diagonal):
+    """Widths and dtypes of any sketch, shares of any size, in the one payload of the gather."""
+    from slap_ds.comm import _bytes, _pack, _unpack
+
+    for n in (0, 1, 7):
+        scores = make_scores(
+            n,
+            gradient=None if dtype is None else torch.randn(n, 13).to(dtype),
+            diagonal=torch.rand(5) if diagonal else None,
+            diagonal_tokens=2**40 + 1 if diagonal else 0,
+            tokens=torch.arange(n) + 2**53 + 1,
+        )
+        packed = _pack(scores)
+        assert len(packed) == _bytes(scores, n)
+        found = _unpack(torch.cat([packed, torch.zeros(9, dtype=torch.uint8)]), n, scores)
+        for name, value in vars(scores).items():
+            same = getattr(found, name)
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(same, value), name
+                assert same.dtype == value.dtype
+            else:
+                assert same == value, name
+
+
+def test_bfloat16_sketches_leave_the_forward_in_bfloat16():
+    from slap_ds.scoring import HeadScores, collect
+
+    scorer = make_scorer(sketch_dtype="bfloat16")
+    part = HeadScores(
+        torch.rand(3),
+        torch.tensor([2, 1, 4]),
+        torch.randn(3, 5),
+        torch.rand(5),
+        torch.tensor(7),
+    )
+    scores = collect([torch.arange(3)], [part], scorer.wants(0))
+    assert scores.gradient.dtype == torch.bfloat16
+    assert (scores.diagonal.dtype, scores.diagonal_tokens) == (torch.float32, 7)
+    found = scorer.finish(scores, torch.arange(3)).sketch
+    expected = part.gradient / part.tokens[:, None] / scorer.curvature.value().float()
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=0)
