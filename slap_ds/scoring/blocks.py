@@ -51,7 +51,13 @@ class Tail:
             # A fresh block without weights: the model's own carries ZeRO-3's hooks.
             with torch.device("meta"):
                 bare = type(layer)(layer_config(lm), index)
-            self.steps.append((bare.eval(), _copies(layer)))
+            weights = _copies(layer)
+            if set(weights) != set(_names(bare)):
+                raise ValueError(
+                    f"block {index} holds more than a plain {type(layer).__name__} (adapters?): "
+                    "scoring the last blocks is not possible; use exact_head and head_input"
+                )
+            self.steps.append((bare.eval(), weights))
         norm = lm.base_model.norm
         self.norm = (_without_weights(norm), _copies(norm))
 
@@ -233,6 +239,10 @@ def _kron(
 
 def layer_config(lm: Any) -> Any:
     return lm.base_model.config
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
 
 
 def _copies(module: nn.Module) -> dict[str, Tensor]:

@@ -163,6 +163,9 @@ def test_models_that_cannot_are_refused():
     with pytest.raises(ValueError, match="blocks is 4, the model has 3"):
         Tail(tiny("llama"), 4)
     lm = tiny("llama")
+    lm.base_model.layers[-1].mlp.adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"block 2 holds more than a plain LlamaDecoderLayer"):
+        Tail(lm, 1)
     lm.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="no second derivative"):
         Tail(lm, 1)
