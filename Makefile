@@ -1,5 +1,7 @@
 # make demo    the main job, end to end, on data that ships in the package
 # make test    install what the tests need and pass them all
+# make asan    the farthest-point op under AddressSanitizer
+# make gpu-check   on a CUDA machine: bit-equality, races, timings of the kernels
 # Settings: TORCH (what to install), RANKS (default 2), PYTHON.
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: demo test lint install install-test clean
+.PHONY: demo test lint asan gpu-check install install-test clean
 
 demo: install
 	examples/demo.sh $(RANKS)
@@ -28,6 +30,12 @@ lint: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+asan: install-test
+	$(BIN)/python csrc/build.py --asan .cache/bounds && .cache/bounds
+
+gpu-check: install-test
+	$(BIN)/python tests/gpu/check.py --json benchmarks/results/farthest_point_cuda.json
 
 install: .venv/installed
 install-test: .venv/installed-test
