@@ -39,17 +39,31 @@ class LogitMap(NamedTuple):
 
     @classmethod
     def of(cls, config: Any) -> LogitMap:
-        """From a transformers config: Cohere multiplies, Granite divides, Gemma 2 caps."""
-        scale = getattr(config, "logit_scale", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))
+        """From a transformers config: Cohere multiplies, Granite divides, Gemma 2 caps.
+
+        Raises:
+            ValueError: another architecture sets a scale; what it means there is not known here.
+        """
+        scale = 1.0
+        for name, family in (("logit_scale", "cohere"), ("logits_scaling", "granite")):
+            value = getattr(config, name, None)
+            if value in (None, 1):
+                continue
+            if not config.model_type.startswith(family):
+                raise ValueError(
+                    f"{config.model_type} sets {name} = {value}, which is known of {family} alone: "
+                    "its loss and curvature would be wrong"
+                )
+            scale = value if family == "cohere" else 1 / value
+        caps = ("final_logit_softcapping", "logits_soft_cap")
+        return cls(scale, next((c for n in caps if (c := getattr(config, n, None))), None))
 
 
 class PackedCausalLM(nn.Module):
     """Wraps a transformers causal LM; the one root module that the engine runs.
 
     Raises:
-        ValueError: the model has no plain linear head.
+        ValueError: the model has no plain linear head, or changes its logits in an unknown way.
     """
 
     def __init__(self, lm: Any, chunk_tokens: int, block_inputs: BlockInputs | None = None) -> None:
