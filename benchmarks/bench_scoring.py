@@ -4,8 +4,8 @@
     python benchmarks/bench_scoring.py --shape 8b --layers 4 --device cuda
 
 The passes are the engine's own, rows of packed samples through `PackedCausalLM`, without the
-optimizer and without other ranks. All cases run in turn in every round; a case's ratio to the
-plain forward with loss is taken within the round, and the median over rounds is reported. Ratios
+optimizer and without other ranks. All cases run in turn in every round, each beside a plain forward
+with loss of its own, before or after it in turn; the median of these ratios is reported. Ratios
 are of wall seconds on CUDA and of processor seconds on the CPU, where other work on the machine
 would count as ours (OMP_NUM_THREADS=1 makes the two the same on a quiet one); both are recorded.
 With fewer layers than the real model has, the ratio is also given as if all of them ran.
@@ -82,7 +82,7 @@ def main() -> None:
     for number in range(options.rounds):
         # Another order in every round: no case always follows the same one.
         names = sorted(work, key=lambda name, n=number: shuffled(name, n))
-        rounds.append({name: timed(work[name], device) for name in names})
+        rounds.append({name: pair(work[name], work[LOSS], device, number) for name in names})
 
     shape = describe_shape(model_config, model, rows, layers)
     clock = "wall_s" if device.type == "cuda" else "cpu_s"
@@ -189,6 +189,17 @@ def timed(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 
+def pair(
+    work: Callable[[], Any], loss: Callable[[], Any], device: torch.device, number: int
+) -> dict[str, float]:
+    """`work` timed, and beside it the plain forward, which goes first in every other round."""
+    if number % 2:
+        found, beside = timed(work, device), timed(loss, device)
+    else:
+        beside, found = timed(loss, device), timed(work, device)
+    return {**found, **{f"loss_{clock}": seconds for clock, seconds in beside.items()}}
+
+
 def shuffled(name: str, number: int) -> int:
     return int(np.random.SeedSequence([number, *name.encode()]).generate_state(1)[0])
 
@@ -218,14 +229,15 @@ def case(
 ) -> dict[str, Any]:
     """What was measured."""
 
-    def over(other: str, key: str) -> list[float]:
-        return [round(r[name][key] / r[other][key], 4) for r in rounds if other in r]
+    def over(key: str) -> list[float]:
+        return [round(r[name][key] / r[name][f"loss_{key}"], 4) for r in rounds]
 
-    ratios, steps = over(LOSS, clock), over(STEP, clock)
+    ratios = over(clock)
+    steps = [r[name][clock] / r[STEP][clock] for r in rounds if STEP in r]
     return {
         "case": name,
         "over_loss_forward": statistics.median(ratios),
-        "wall_over_loss_forward": statistics.median(over(LOSS, "wall_s")),
+        "wall_over_loss_forward": statistics.median(over("wall_s")),
         "over_training_step": statistics.median(steps) if steps else None,
         "wall_s": statistics.median(r[name]["wall_s"] for r in rounds),
         "cpu_s": statistics.median(r[name]["cpu_s"] for r in rounds),
