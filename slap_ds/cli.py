@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from slap_ds import __version__
+from slap_ds.launch_env import rank_said
 
 _OVERRIDES = "then any setting of the file, such as --selection.keep 0.8"
 
@@ -225,8 +226,8 @@ def _local_rank(argument: str) -> bool:
 
 
 def _fail(message: str, every_rank: bool = False) -> None:
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or every_rank:
+    rank = rank_said(os.environ)
+    if rank == 0 or every_rank:
         where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"slap-ds: error{where}: {message}", file=sys.stderr, flush=True)
     sys.exit(1)

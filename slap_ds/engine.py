@@ -32,6 +32,7 @@ from torch import Tensor
 from slap_ds.comm import Comm
 from slap_ds.config import Config, resolve_deepspeed
 from slap_ds.data.packing import PackedRow
+from slap_ds.launch_env import discover
 from slap_ds.metrics import Stopwatch
 from slap_ds.models.causal import (
     PackedCausalLM,
@@ -268,24 +269,23 @@ class DeepSpeedEngine(Engine):
 
 
 def start_ranks(config: Config) -> Comm:
-    """Join the process group the launcher set up (deepspeed, torchrun); alone: one rank.
+    """Join the process group the launcher set up (`launch_env` knows which); alone: one rank.
 
     Raises:
-        ValueError: several ranks with the one-process engine.
+        ValueError: several ranks with the one-process engine; a launcher's variables are wrong.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    place = discover(os.environ)
     if config.engine.kind == "torch":
-        if world > 1:
-            raise ValueError(f"engine.kind torch runs on one rank, the launcher started {world}")
+        if place.world > 1:
+            raise ValueError(
+                f"engine.kind torch runs on one rank, the launcher started {place.world}"
+            )
         return Comm()
     import deepspeed
 
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone)
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.update(place.variables())
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place.local_rank)
     deepspeed.init_distributed(
         timeout=datetime.timedelta(seconds=config.engine.timeout_s), verbose=False
     )
@@ -361,14 +361,6 @@ def _optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.op
     return torch.optim.AdamW(
         parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
     )
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def write_deepspeed(engine: Engine, path: Path) -> None:
