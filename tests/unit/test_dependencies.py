@@ -1,4 +1,4 @@
-"""DESIGN: modules import only what stands to their left; deepspeed and collectives have one home."""
+"""DESIGN: modules import only what stands left of them; one room for deepspeed and collectives."""
 
 import ast
 from pathlib import Path
