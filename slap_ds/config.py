@@ -14,7 +14,7 @@ import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -310,17 +310,16 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
 def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, description with its default) of every setting, in reading order."""
     for name, field in model.model_fields.items():
-        inner = next((a for a in get_args(field.annotation) if _is_section(a)), field.annotation)
-        if inner is not field.annotation:
-            yield f"{prefix}{name}", f"{field.description} (default {field.default!r})"
-        if _is_section(inner):
-            yield from config_keys(inner, f"{prefix}{name}.")
-        else:
+        inner = field.annotation
+        section = next((kind for kind in (inner, *get_args(inner)) if _is_section(kind)), None)
+        if section is not inner:
             default = "required" if field.is_required() else f"default {field.default!r}"
             yield f"{prefix}{name}", f"{field.description or ''} ({default})".strip()
+        if section is not None:
+            yield from config_keys(section, f"{prefix}{name}.")
 
 
-def _is_section(kind: Any) -> bool:
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
     return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)
 
 

@@ -17,20 +17,47 @@ from slap_ds.data.templates import Template, make_template
 from slap_ds.engine import whole_weights
 from slap_ds.models.chatglm import KEPT
 from slap_ds.models.load import DTYPES, load_config, load_tokenizer
+from slap_ds.models.lora import merged, with_adapter
 
 
-def export(run_dir: Path, out: Path) -> Path:
+def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
     """Write weights (safetensors), config, tokenizer and chat template of a run into `out`.
+
+    A run with model.lora gives its adapter in peft's format, with `merge` the merged model.
 
     Raises:
         FileNotFoundError: the run has no whole checkpoint.
-        ValueError: the checkpoint's weights do not fit its config.
+        ValueError: the checkpoint's weights do not fit its config, or there is nothing to merge.
     """
     found = checkpoints.find(run_dir)
     if not found:
         raise FileNotFoundError(f"{str(run_dir)!r} holds no whole checkpoint to export")
     newest = found[-1]
     config = Config.model_validate(newest.manifest["config"])
+    if merge and config.model.lora is None:
+        raise ValueError(f"{str(run_dir)!r} trained no adapter: export it without --merge")
+    model = _adapted(config, newest.folder, merge) if config.model.lora else _whole(config, newest)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
+    template = make_template(config.data.template, tokenizer)
+    if template.chat_template:
+        tokenizer.chat_template = template.chat_template
+    if config.model.lora is None or merge:
+        model.generation_config.eos_token_id = list(template.stop_ids)
+        model.config.use_cache = True
+        model.save_pretrained(out)
+    else:
+        model.save_pretrained(out, save_embedding_layers=False)
+    tokenizer.save_pretrained(out)
+    note = {"run": run_dir.name, "step": newest.step, "template": template.name}
+    (out / "slap_ds.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    kept = Path(config.model.path or "") / KEPT
+    if config.model.path and kept.is_dir():  # the way back of a converted ChatGLM
+        shutil.copytree(kept, out / KEPT, dirs_exist_ok=True)
+    return out
+
+
+def _whole(config: Config, newest: checkpoints.Checkpoint) -> Any:
+    """The transformers model with the checkpoint's weights."""
     model_config = load_config(config.model.path, config.model.config)
     dtype = DTYPES[config.model.dtype]
     with torch.device("meta"):
@@ -44,24 +71,26 @@ def export(run_dir: Path, out: Path) -> Path:
             f"{newest.folder} does not fit its model: missing {missing[:3]}, "
             f"unknown {problem.unexpected_keys[:3]}"
         )
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
-    template = make_template(config.data.template, tokenizer)
-    if template.chat_template:
-        tokenizer.chat_template = template.chat_template
-    model.generation_config.eos_token_id = list(template.stop_ids)
-    model.config.use_cache = True
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    note = {"run": run_dir.name, "step": newest.step, "template": template.name}
-    (out / "slap_ds.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    kept = Path(config.model.path or "") / KEPT
-    if config.model.path and kept.is_dir():  # the way back of a converted ChatGLM
-        shutil.copytree(kept, out / KEPT, dirs_exist_ok=True)
-    return out
+    return model
+
+
+def _adapted(config: Config, checkpoint: Path, merge: bool) -> Any:
+    """peft's model with the checkpoint's adapter, its base without weights; or the merged model."""
+    path, lora = config.model.path, config.model.lora
+    assert lora is not None
+    dtype = DTYPES[config.model.dtype]
+    if merge:
+        base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    else:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(load_config(path, None), dtype=dtype)
+    weights = {name: value.to(dtype) for name, value in whole_weights(checkpoint).items()}
+    model = with_adapter(base, lora, weights, path)
+    return merged(model) if merge else model
 
 
 class Answerer:
-    """Greedy answers from an exported folder."""
+    """Greedy answers from an exported folder; an adapter's finds its base by itself."""
 
     def __init__(self, folder: Path) -> None:
         note = folder / "slap_ds.json"

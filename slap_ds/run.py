@@ -82,7 +82,7 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to fit."""
-        return {"data_fingerprint": self.inputs.train.fingerprint, "seed": self.config.seed}
+        return _facts(self.config, self.inputs)
 
 
 def prepare(config: Config) -> Run:
@@ -98,9 +98,8 @@ def prepare(config: Config) -> Run:
     inputs = first_on_each_node(comm, "data", lambda: read_inputs(config))
     comm.agree(-1, "the training data", inputs.train.fingerprint)
     stream, scorer, selector = make_parts(config, inputs.train)
-    facts = {"data_fingerprint": inputs.train.fingerprint, "seed": config.seed}
     if newest is not None:
-        checkpoints.check_matches(newest, comm.world, facts)
+        checkpoints.check_matches(newest, comm.world, _facts(config, inputs))
     engine = make_engine(config, inputs.model_config, comm)
     run = Run(config, comm, inputs, engine, stream, scorer, selector)
     if run.reuses and selector.needs:
@@ -246,6 +245,15 @@ def first_on_each_node(comm: Comm, phase: str, work: Callable[[], T]) -> T:
             raise OtherRankFailed(f"{phase}: ranks {failed.nonzero()[0].tolist()} failed")
     assert result is not None
     return result
+
+
+def _facts(config: Config, inputs: Inputs) -> dict[str, Any]:
+    lora = config.model.lora
+    return {
+        "data_fingerprint": inputs.train.fingerprint,
+        "seed": config.seed,
+        "model.lora": None if lora is None else lora.model_dump(mode="json"),
+    }
 
 
 def _cache_dir(config: Config) -> Path:

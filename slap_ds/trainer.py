@@ -229,9 +229,11 @@ def _flops(
         scoring *= 1 + run.scorer.plan.block_passes(config.get_text_config().num_hidden_layers)
         scoring += run.scorer.plan.head_flops(config, int(batch.response_tokens.sum()), len(batch))
     # Backward is two forwards, checkpointing recomputes one; with reuse the first is scoring's.
-    passes = (2 if reuse else 3) + run.config.model.gradient_checkpointing
+    # Frozen weights have no gradient, which is half of the backward.
+    frozen = run.config.model.lora is not None
+    passes = (2 if reuse else 3) + run.config.model.gradient_checkpointing - frozen
     training = passes * block_flops(config, parameters, batch.lengths[picks].tolist())
-    training += 3 * head_flops(config, int(batch.response_tokens[picks].sum()))
+    training += (3 - frozen) * head_flops(config, int(batch.response_tokens[picks].sum()))
     return {"flops": scoring + training, "scoring_flops": scoring}
 
 

@@ -8,9 +8,9 @@ off, so whatever a user types stays text. The answer and the stop token of every
 trained, nothing else.
 
 "auto" takes the built-in template of a ChatGLM or GLM-4 tokenizer, which its control tokens give
-away. For others it renders the tokenizer's own chat template, finds the answers by rendering prefixes of
-the conversation, and refuses rows whose text holds a special token, because there they would
-become one.
+away. For others it renders the tokenizer's own chat template, finds the answers by rendering
+prefixes of the conversation, and refuses rows whose text holds a special token, because there they
+would become one.
 """
 
 import hashlib

@@ -147,7 +147,7 @@ def install(lm: Any, on_host: bool = False) -> BlockInputs:
     if dropout:
         raise ValueError(
             f"forward reuse needs a model without dropout, found {', '.join(dropout[:4])}: set it "
-            "to 0 in the model's config, or use step.forward: separate"
+            "to 0, in the model's config or where it is named, or use step.forward: separate"
         )
     inputs = BlockInputs(blocks, on_host)
     lm._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=inputs)
@@ -180,7 +180,7 @@ def find_blocks(lm: Any) -> list[nn.Module]:
 def _dropouts(lm: nn.Module) -> Any:
     for name, module in lm.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
-            yield name, module.p
+            yield "model.lora.dropout" if "lora_dropout" in name else name, module.p
     config: Any = lm.config
     for name in ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
         value = getattr(config, name, 0)
