@@ -17,7 +17,7 @@ from slap_ds.data.templates import Template, make_template
 from slap_ds.engine import whole_weights
 from slap_ds.models.chatglm import KEPT
 from slap_ds.models.load import DTYPES, load_config, load_tokenizer
-from slap_ds.models.lora import merged, with_adapter
+from slap_ds.models.lora import load_adapted, merged, with_adapter
 
 
 def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
@@ -97,7 +97,11 @@ class Answerer:
         name = json.loads(note.read_text("utf-8"))["template"] if note.is_file() else "auto"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.template: Template = make_template(name, self.tokenizer)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+        adapter = (folder / "adapter_config.json").is_file()
+        self.model: Any = (load_adapted if adapter else AutoModelForCausalLM.from_pretrained)(
+            folder
+        )
+        self.model.eval()
 
     def __call__(self, prompt: str, max_new_tokens: int = 64) -> str:
         ids = self.template.encode_prompt([Message("user", prompt)])

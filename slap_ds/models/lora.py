@@ -114,6 +114,14 @@ def with_adapter(
     return model
 
 
+def load_adapted(folder: Path) -> Any:
+    """peft's model of an adapter folder, around its base model.
+
+    transformers' own `from_pretrained` reads such folders too, but loses DoRA's magnitudes (5.23).
+    """
+    return _peft().AutoPeftModelForCausalLM.from_pretrained(folder)
+
+
 def merged(model: Any) -> Any:
     """The transformers model with the adapter added into its weights, in float32 before rounding.
 
