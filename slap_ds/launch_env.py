@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -305,3 +306,52 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def read_hostfile(path: str) -> dict[str, int]:
+    """Ranks by host, in the file's order, which is the order of the ranks.
+
+    Raises:
+        ValueError: listing every bad line, or there is no host.
+        FileNotFoundError: no such file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no hostfile at {path!r}: write one line `HOST slots=GPUS` for every node"
+        ) from None
+    hosts: dict[str, int] = {}
+    problems = []
+    for number, line in enumerate(lines, 1):
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        if found is None:
+            problems.append(f"line {number}: found {text!r}, expected `HOST slots=GPUS`")
+        elif int(found[2]) == 0:
+            problems.append(f"line {number}: {found[1]} has 0 slots: remove the line")
+        elif found[1] in hosts:
+            problems.append(f"line {number}: {found[1]} stands here twice: one line for a host")
+        else:
+            hosts[found[1]] = int(found[2])
+    if problems:
+        raise ValueError(f"hostfile {path}: {'; '.join(problems)}")
+    if not hosts:
+        raise ValueError(f"hostfile {path} names no host: one line `HOST slots=GPUS` for each")
+    return hosts
+
+
+def _main(path: str) -> None:
+    """For the scripts in launch/: the first host and the number of ranks."""
+    try:
+        hosts = read_hostfile(path)
+    except (ValueError, OSError) as error:
+        sys.exit(f"slap-ds: error: {error}")
+    print(next(iter(hosts)), sum(hosts.values()))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Several machines from one of them, through the deepspeed launcher and pdsh.
+#
+#   HOSTFILE=hosts launch/multi_node.sh CONFIG.yaml [--section.key value ...]
+#
+# It needs pdsh here, ssh without a password to every host (this one too), and this folder, its
+# Python and run_dir under the same paths everywhere.
+#
+# HOSTFILE     lines such as `gpu1 slots=8` (default: hosts); the first host runs rank 0
+# MASTER_ADDR  how the others reach the first host (default: its name in the hostfile)
+# MASTER_PORT  a port that is free there (default 29500); another one for every job at a time
+# IFNAME       network interface for NCCL and gloo, such as eth0 (default: they choose)
+# PASS         more variables to set on every host, by name: "HF_HOME MY_FLAG"; no secrets, they
+#              would stand in the process list
+# SSH_LOST_S   seconds after which a host that has gone silent is given up (default 15)
+set -euo pipefail
+: "${HOSTFILE:=hosts}" "${MASTER_PORT:=29500}" "${IFNAME:=}" "${PASS:=}" "${SSH_LOST_S:=15}"
+
+# deepspeed takes a hostfile it cannot find for one that says: this machine only.
+found=$(python -m slap_ds.launch_env "$HOSTFILE")
+read -r first ranks <<<"$found"
+echo "$ranks ranks, rank 0 on $first" >&2
+if [ -n "$IFNAME" ]; then export NCCL_SOCKET_IFNAME=$IFNAME GLOO_SOCKET_IFNAME=$IFNAME; fi
+
+# pdsh starts a bare shell on every host; deepspeed sets there what this file names.
+DS_ENV_FILE=$(mktemp)
+export DS_ENV_FILE
+trap 'rm -f "$DS_ENV_FILE"' EXIT
+for name in PATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCELERATOR TORCH_EXTENSIONS_DIR \
+  SLAP_CACHE_DIR HF_HOME HF_HUB_OFFLINE "${!NCCL_@}" "${!GLOO_@}" $PASS; do
+  if [ -n "${!name:-}" ]; then printf '%s=%q\n' "$name" "${!name}" >>"$DS_ENV_FILE"; fi
+done
+export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=$((SSH_LOST_S / 3)) -o ServerAliveCountMax=2"
+
+deepspeed --quiet --force_multi --hostfile "$HOSTFILE" --launcher pdsh \
+  --master_addr "${MASTER_ADDR:-$first}" --master_port "$MASTER_PORT" \
+  --module slap_ds train "$@"
