@@ -81,14 +81,16 @@ def _preview(options: argparse.Namespace, rest: list[str]) -> None:
 def _export(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.export import export
 
-    out = export(Path(options.run_dir), Path(options.out or Path(options.run_dir) / "model"))
+    run_dir = Path(options.run_dir)
+    out = export(run_dir, Path(options.out or run_dir / "model"), options.merge)
     print(f"wrote {out}")
 
 
 def _generate(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.export import Answerer
 
-    if not (Path(options.model) / "config.json").is_file():
+    folder = Path(options.model)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(f"no exported model at {options.model!r}: run slap-ds export first")
     answer = Answerer(Path(options.model))
     for prompt in options.prompt:
@@ -182,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
     export.add_argument("run_dir")
     export.add_argument("--out", help="target folder (default RUN_DIR/model)")
+    export.add_argument("--merge", action="store_true", help="LoRA: add the adapter into the model")
     export.set_defaults(run=_export)
 
     generate = commands.add_parser("generate", help="answer prompts with an exported model")

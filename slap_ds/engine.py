@@ -41,6 +41,7 @@ from slap_ds.models.causal import (
     trainable,
 )
 from slap_ds.models.load import load_model
+from slap_ds.models.lora import add_adapter
 from slap_ds.models.reuse import BlockInputs, find_blocks, install
 from slap_ds.scoring import HeadScores, Scores, Tail, Wants, collect, tail_parameters
 
@@ -175,12 +176,20 @@ class TorchEngine(Engine):
         return float(norm)
 
     def save(self, folder: Path) -> None:
-        state = {"model": self.model.lm.state_dict(), "optimizer": self.optimizer.state_dict()}
+        model = self.model.lm.state_dict()
+        # Frozen weights are where they were loaded from.
+        for name, parameter in self.model.lm.named_parameters():
+            if not parameter.requires_grad:
+                del model[name]
+        state = {"model": model, "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / "torch.pt")
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "torch.pt", weights_only=True)
-        self.model.lm.load_state_dict(state["model"])
+        problem = self.model.lm.load_state_dict(state["model"], strict=False)
+        trained = {name for name, p in self.model.lm.named_parameters() if p.requires_grad}
+        assert not problem.unexpected_keys, problem
+        assert not trained & set(problem.missing_keys), problem
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -200,9 +209,11 @@ class DeepSpeedEngine(Engine):
         lm = _load(config, model_config)
         inputs = _prepare_blocks(config, lm)
         self.partitioned = settings["zero_optimization"].get("stage") == 3
-        if self.partitioned and config.model.gradient_checkpointing:
+        lora = config.model.lora
+        self.adapts = lora is not None
+        if self.partitioned and (config.model.gradient_checkpointing or (lora and lora.use_dora)):
             # One gather a block. Replay skips the inside of a block in the forward, so the hooks
-            # have to sit on the block itself.
+            # have to sit on the block itself; DoRA reads a layer's weight outside that layer.
             deepspeed.utils.set_z3_leaf_modules(lm, [type(block) for block in find_blocks(lm)[:1]])
         self.model = PackedCausalLM(lm, config.scoring.chunk_tokens, inputs)
         self.parameters = count_parameters(lm)
@@ -262,10 +273,13 @@ class DeepSpeedEngine(Engine):
         return math.nan if norm is None else float(norm)
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        # Frozen weights are where they were loaded from.
+        self.engine.save_checkpoint(
+            str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=self.adapts
+        )
 
     def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="engine")
+        self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=not self.adapts)
 
 
 def start_ranks(config: Config) -> Comm:
@@ -332,6 +346,8 @@ def _load(config: Config, model_config: Any) -> Any:
         attention=config.model.attention,
         seed=config.seed,
     )
+    if config.model.lora is not None:
+        add_adapter(lm, config.model.lora, config.seed)
     return lm
 
 
