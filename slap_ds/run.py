@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from slap_ds import checkpoint as checkpoints
 from slap_ds.comm import Comm
 from slap_ds.config import Config, SelectionConfig, resolve_deepspeed, write_config
+from slap_ds.data.packing import Candidate, make_row
 from slap_ds.data.store import TokenStore, build_store
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
 from slap_ds.engine import Engine, make_engine, start_ranks, write_deepspeed
 from slap_ds.models.load import check_fit, load_config, load_tokenizer
-from slap_ds.scoring import Scorer, ScoringPlan
+from slap_ds.scoring import Scorer, ScoringPlan, Wants
 from slap_ds.selection import Selector, make_selector
 
 T = TypeVar("T")
@@ -111,12 +113,38 @@ def prepare(config: Config) -> Run:
         scorer.load_state_dict(state["scorer"])
         selector.load_state_dict(state["selector"])
         run.totals = dict(state["totals"])
+    check_isolation(engine, inputs.model_config, config.model.attention)
     comm.agree(run.start_step, "the checkpoint to resume from", str(run.start_step))
     if comm.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(config, run_dir / "config.yaml")
         write_deepspeed(engine, run_dir / "deepspeed.json")
     return run
+
+
+def check_isolation(engine: Engine, model_config: Any, attention: str) -> None:
+    """Refuse a model in which the samples of a packed row see each other.
+
+    An architecture may ignore `position_ids` and the samples' lengths without a word. So one sample
+    is scored twice, in rows that differ in the sample before it alone.
+
+    Raises:
+        ValueError: its loss differs.
+    """
+    vocab = model_config.get_text_config().vocab_size
+    ids = np.arange(1, 19) * 7919 % vocab  # a prime, so that they differ
+    trained = np.ones(len(ids), dtype=bool)
+    rows = [
+        make_row([Candidate(0, first, trained[:6]), Candidate(1, ids[6:], trained[6:])])
+        for first in (ids[:6], ids[5::-1])
+    ]
+    loss = engine.score(rows, Wants()).loss
+    if abs(float(loss[3] - loss[1])) > 1e-6 * float(loss[1]):
+        raise ValueError(
+            f"samples of a packed row see each other in {model_config.model_type} with "
+            f"model.attention {attention}: try packed, sdpa or flash_attention_2; architectures "
+            "that give their attention neither positions nor lengths cannot be trained here"
+        )
 
 
 def check_boundaries(run: Run) -> None:

@@ -13,6 +13,9 @@ from slap_ds.metrics import read_lines
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "glm": {"model_type": "glm", "head_dim": 16, "attention_bias": True},
+    "qwen2": {"model_type": "qwen2"},
+    "mistral": {"model_type": "mistral", "sliding_window": 24},
+    "gpt2": {"model_type": "gpt2", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }
 
 

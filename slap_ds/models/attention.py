@@ -30,8 +30,8 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    sample_lengths: Sequence[int],
-    cu_seq_lens_q: Tensor,
+    sample_lengths: Sequence[int] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -46,7 +46,15 @@ def packed_attention(
         sliding_window: a token sees itself and this many minus one before it; None: all.
 
     Returns: (1, T, H, d).
+
+    Raises:
+        ValueError: the model did not pass the samples' lengths on.
     """
+    if sample_lengths is None or cu_seq_lens_q is None:
+        raise ValueError(
+            f"model.attention packed: {type(module).__name__} is not given the samples' lengths by "
+            "its model: set model.attention to sdpa or eager"
+        )
     assert attention_mask is None, "packed attention takes its structure from the samples' lengths"
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and varlen is not None and not dropout:

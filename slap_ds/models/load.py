@@ -99,15 +99,27 @@ def load_model(
     """The causal language model, from weights (`path`) or fresh from its config.
 
     Fresh weights depend on `seed` alone, so that every rank and world size starts the same.
+
+    Raises:
+        ValueError: the architecture does not have this attention.
     """
     model_config.use_cache = False
     torch.manual_seed(seed)
     settings = {"dtype": DTYPES[dtype], "attn_implementation": attention}
     model: torch.nn.Module
-    if path is not None:
-        model = AutoModelForCausalLM.from_pretrained(path, config=model_config, **settings)
-    else:
-        model = AutoModelForCausalLM.from_config(model_config, **settings)
+    try:
+        if path is not None:
+            model = AutoModelForCausalLM.from_pretrained(path, config=model_config, **settings)
+        else:
+            model = AutoModelForCausalLM.from_config(model_config, **settings)
+    except (KeyError, ValueError) as error:
+        # Architectures with attention classes of their own look the name up in a dict.
+        if error.args != (attention,) and "attention implementation" not in str(error):
+            raise
+        raise ValueError(
+            f"model.attention is {attention!r}, which {model_config.model_type} does not have: try "
+            "packed, sdpa or eager"
+        ) from None
     return model
 
 

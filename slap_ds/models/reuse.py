@@ -85,7 +85,8 @@ class BlockInputs:
         i = self._index[id(block)]
         if self.mode == "train":
             return checkpoint(run, hidden, *rest, use_reentrant=False)
-        assert not rest, "a block takes more than its hidden states as positional arguments"
+        if rest:  # GPT-2 gives its mask by position
+            run = _bound(run, rest)
         if self.mode == "score":
             self._record(i, hidden)
             out = run(hidden)
@@ -131,6 +132,10 @@ class _Replay(torch.autograd.Function):
         torch.autograd.backward(out, grads[0])
         ctx.run = None
         return x.grad, None, None, None
+
+
+def _bound(run: Callable[..., Any], rest: tuple[Any, ...]) -> Callable[[Tensor], Any]:
+    return lambda hidden: run(hidden, *rest)
 
 
 def install(lm: Any, on_host: bool = False) -> BlockInputs:
