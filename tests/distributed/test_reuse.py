@@ -102,7 +102,12 @@ def test_reuse_gathers_no_more_than_full_training(models, tmp_path):
     """Full training with checkpointing against reuse at 40 % pruning, on the same candidates."""
     settings = json.loads(DEFAULT_DEEPSPEED.read_text())
     settings["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False}
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    # As for a model that does not fit: nothing stays gathered between forward and backward.
+    settings["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0,
+    }
     (tmp_path / "ds.json").write_text(json.dumps(settings))
     found = {}
     for name, sections in {
