@@ -91,12 +91,12 @@ class Head(NamedTuple):
         """(V,) -> (E,): (W * W)^T d without holding W * W."""
         out = torch.zeros(self.weight.shape[1], dtype=self.acc, device=d.device)
         for w, part in zip(self._pieces(), d.split(self._piece_rows()), strict=True):
-            out += part @ w.to(self.acc).square()
+            out.addmv_(w.to(self.acc).square().t(), part)
         return out
 
     def _piece_rows(self) -> int:
         # A piece should stay in a processor's cache; a GPU wants few launches instead.
-        return 2048 if self.weight.is_cuda else max(1, 2**18 // self.weight.shape[1])
+        return 2048 if self.weight.is_cuda else max(1, 2**17 // self.weight.shape[1])
 
     def _pieces(self) -> tuple[Tensor, ...]:
         pieces: tuple[Tensor, ...] = self.weight.split(self._piece_rows())
