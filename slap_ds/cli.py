@@ -118,13 +118,22 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
-    import torch
+    from rich.console import Console
+    from rich.text import Text
 
-    from slap_ds.ops import active_path
+    from slap_ds.doctor import examine, report
 
-    path, why = active_path()
-    print(f"slap_ds {__version__}, torch {torch.__version__}")
-    print(f"farthest-point op: {path} ({why})")
+    found = examine(options.hostfile, options.run_dir)
+    if options.json:
+        print(report(found))
+    else:
+        console = Console(soft_wrap=True)
+        for finding in found:
+            line = Text(f"{finding.level:>6}  {finding.name}: {finding.text}")
+            line.stylize(finding.level, 0, 6)
+            console.print(line)
+    if any(finding.level == "red" for finding in found):
+        sys.exit(1)
 
 
 def _estimate(options: argparse.Namespace, rest: list[str]) -> None:
@@ -208,6 +217,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
 
     doctor = commands.add_parser("doctor", help="what this machine gives slap_ds")
+    doctor.add_argument("--hostfile", help="check its hosts too, over ssh")
+    doctor.add_argument("--run-dir", default=".", help="where the run will write (default: here)")
+    doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
 
     guess = commands.add_parser("estimate", help="memory and step time by formula")

@@ -15,6 +15,7 @@ BETWEEN = {
     "export": 6.5,
     "report": 6.5,
     "estimate": 6.5,
+    "doctor": 6.5,
 }
 LEAVES = {"config", "launch_env", "__init__"}
 
