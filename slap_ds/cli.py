@@ -145,7 +145,7 @@ def _estimate(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.models.load import load_config
 
     config = read_config(options.config, rest)
-    shape = Shape.of(load_config(config.model.path, config.model.config))
+    shape = Shape.of(load_config(config.model.path, config.model.config), config.model.lora)
     hardware = Hardware(options.flops_per_s, options.bytes_per_s)
     per_gpu = options.candidates_per_gpu or config.batch.candidates / options.gpus[0]
     found = [
@@ -160,6 +160,8 @@ def _estimate(options: argparse.Namespace, rest: list[str]) -> None:
     for part in found[0].memory_gib:
         table.add_row(f"GiB: {part}", *(f"{e.memory_gib[part]:.2f}" for e in found))
     table.add_row("GiB per GPU", *(f"{e.total_gib:.1f}" for e in found), style="bold")
+    for part in found[0].host_gib:
+        table.add_row(f"GiB on its host: {part}", *(f"{e.host_gib[part]:.2f}" for e in found))
     table.add_row("candidates per step", *(str(e.candidates) for e in found))
     for part in found[0].step_s:
         table.add_row(f"seconds: {part}", *(f"{e.step_s[part]:.3f}" for e in found))

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
-from slap_ds.config import Config
-from slap_ds.models.causal import block_flops, head_flops
+from slap_ds.config import Config, LoraConfig, resolve_deepspeed
+from slap_ds.models.causal import block_flops, head_flops, trainable
+from slap_ds.models.lora import add_adapter
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
+WEIGHTS, GRADIENTS = "weights", "gradients"
+OPTIMIZER = "optimizer (float32 master, two moments)"
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,22 @@ class Shape:
     intermediate: int
     vocab: int  # V
     config: Any
+    trained: int | None = None  # parameters of an adapter beside frozen weights; None: all of them
 
     @classmethod
-    def of(cls, model_config: Any) -> Shape:
+    def of(cls, model_config: Any, lora: LoraConfig | None = None) -> Shape:
         """From a transformers config; parameters are counted on a meta model."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
+        parameters = sum(p.numel() for p in model.parameters())
+        if lora is not None:
+            add_adapter(model, lora, seed=0)
         text = model_config.get_text_config()
         return cls(
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=parameters,
+            trained=sum(p.numel() for p in trainable(model)) if lora is not None else None,
             layers=text.num_hidden_layers,
             width=text.hidden_size,
             intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
@@ -70,6 +78,7 @@ class Estimate:
     memory_gib: dict[str, float]
     step_s: dict[str, float]
     full_step_s: float
+    host_gib: dict[str, float]  # what DeepSpeed's offload keeps in host memory instead
 
     @property
     def total_gib(self) -> float:
@@ -103,15 +112,29 @@ def estimate(
     hw = hardware or Hardware()
     reuse = config.step.forward != "separate" and config.model.gradient_checkpointing
     n = max(1, round(candidates_per_gpu * gpus))
+    memory = _memory(config, shape, sample_tokens * n / gpus, n, gpus, reuse)
+    host = {name: memory.pop(name) for name in _offloaded(config, shape, gpus)}
     return Estimate(
         gpus=gpus,
         candidates=n,
-        memory_gib=_memory(config, shape, sample_tokens * n / gpus, n, gpus, reuse),
+        memory_gib=memory,
+        host_gib=host,
         step_s=_step(config, shape, sample_tokens, response_share, n, gpus, reuse, hw),
         full_step_s=sum(
             _step(config, shape, sample_tokens, response_share, n, gpus, None, hw).values()
         ),
     )
+
+
+def _offloaded(config: Config, shape: Shape, gpus: int) -> list[str]:
+    """The parts of `_memory` that the run's DeepSpeed settings move to the host."""
+    zero = resolve_deepspeed(config, gpus, shape.width)["zero_optimization"]
+    names = {"offload_param": [WEIGHTS], "offload_optimizer": [GRADIENTS, OPTIMIZER]}
+    found = []
+    for key, parts in names.items():
+        if zero.get(key, {}).get("device", "none") != "none":
+            found += parts
+    return found
 
 
 def _memory(
@@ -121,6 +144,7 @@ def _memory(
     row = config.batch.micro_batch_tokens
     e, v, layers = shape.width, shape.vocab, shape.layers
     block = (shape.parameters - 2 * e * v) / layers
+    trained = shape.parameters if shape.trained is None else shape.trained
     kept = local_tokens * (layers + 1) if reuse else float(row * layers)
     on_gpu = 0.0 if reuse and config.step.boundaries == "host" else kept * e * value
     recompute = row * (12 * e + 4 * shape.intermediate) * value
@@ -128,11 +152,11 @@ def _memory(
         recompute *= layers
     chunk = config.scoring.chunk_tokens * v * (4 + 4 + value)
     parts = {
-        "weights": shape.parameters * value / gpus,
-        "gradients": shape.parameters * value / gpus,
-        "optimizer (float32 master, two moments)": shape.parameters * 12 / gpus,
+        WEIGHTS: shape.parameters * value / gpus,
+        GRADIENTS: trained * value / gpus,
+        OPTIMIZER: trained * 12 / gpus,
         "gathered weights (two blocks, head)": (2 * block + e * v) * value,
-        "head gradient": e * v * (4 + value),
+        "head gradient": 0.0 if shape.trained else e * v * (4.0 + value),
         "head chunk": float(chunk),
         "block inputs": on_gpu,
         "one block's activations": float(recompute),
@@ -167,8 +191,10 @@ def _step(
         return math.ceil(samples * sample_tokens / tokens)
 
     row = config.batch.micro_batch_tokens
-    passes = (2 if reuse else 3) + recompute
-    train = phase(keep * (passes * forward + 3 * head), 2 * rows(keep * local, row))
+    # Frozen weights have no gradient, which is half of the backward.
+    frozen = shape.trained is not None
+    passes = (2 if reuse else 3) + recompute - frozen
+    train = phase(keep * (passes * forward + (3 - frozen) * head), 2 * rows(keep * local, row))
     if reuse is None:
         return {"train": train, "score": 0.0, "gather": 0.0, "select": 0.0}
     doublings = math.log2(max(gpus, 2))

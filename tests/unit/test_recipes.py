@@ -10,7 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from slap_ds.config import read_config, resolve_deepspeed
 from slap_ds.data.templates import TEMPLATES
+from slap_ds.estimate import GRADIENTS, OPTIMIZER, WEIGHTS, Shape, estimate
+from slap_ds.models.causal import trainable
 from slap_ds.models.chatglm_layout import glm_config, read_sizes
+from slap_ds.models.lora import add_adapter
 from tests import chatglm
 
 REPO = Path(__file__).parents[2]
@@ -60,7 +63,7 @@ PUBLISHED = {
     "chatglm3-6b": {**GLM, "seq_length": 8192},
     "glm4-9b": {**GLM, "num_layers": 40, "padded_vocab_size": 151552, "seq_length": 131072},
 }
-RECIPES = [path for path in CONFIGS if path.stem != "demo"]
+RECIPES = [path for path in CONFIGS if path.stem not in ("demo", "small-llama")]
 
 
 def meta_model(path):
@@ -92,11 +95,38 @@ def test_fits_the_model_and_counts_its_memory(path):
     assert config.data.template in TEMPLATES
     count = sum(weight.numel() for weight in model.parameters())
     text = path.read_text(encoding="utf-8")
+    if config.model.lora is not None:
+        # bfloat16 weights, frozen; beside them the adapter as below.
+        add_adapter(model, config.model.lora, seed=0)
+        trained = sum(weight.numel() for weight in trainable(model))
+        said = re.search(r"# ([\d.]+) B frozen .* and (\d+) M trained ones: .* (\d+) GB", text)
+        assert said is not None
+        assert float(said[1]) == round(count / 1e9, 1)
+        assert int(said[2]) == round(trained / 1e6)
+        assert int(said[3]) == round((2 * count + 16 * trained) / 1e9)
+        return
     said = re.search(r"# ([\d.]+) B parameters: .* take ([\d,]+) GB", text)
     assert said is not None
     assert float(said[1]) == round(count / 1e9, 1)
     # bfloat16 weights and gradients, float32 weights and AdamW's two moments: 16 bytes.
     assert int(said[2].replace(",", "")) == round(16 * count / 1e9)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_estimates_count_adapters_and_offload(path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    config = read_config(str(path))
+    shape = Shape.of(meta_model(path).config, config.model.lora)
+    found = estimate(config, shape, 512, 0.5, 8, 16)
+    parts = {**found.memory_gib, **found.host_gib}
+    trained = shape.trained or shape.parameters
+    assert (shape.trained is not None) == path.stem.endswith("-lora")
+    assert parts[WEIGHTS] == shape.parameters * 2 / 8 / 2**30
+    assert parts[OPTIMIZER] == trained * 12 / 8 / 2**30
+    offloaded = {OPTIMIZER, GRADIENTS} if path.stem.endswith("-offload") else set()
+    if "all" in str(config.engine.deepspeed):
+        offloaded |= {WEIGHTS}
+    assert set(found.host_gib) == offloaded
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
