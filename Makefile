@@ -1,5 +1,6 @@
 # make demo    the main job, end to end, on data that ships in the package
 # make test    install what the tests need and pass them all
+# make test-nodes   train over two nodes made of network namespaces (root; tests/nodes/install.sh)
 # make asan    the farthest-point op under AddressSanitizer
 # make gpu-check   on a CUDA machine: bit-equality, races, timings of the kernels
 # Settings: TORCH (what to install), RANKS (default 2), PYTHON.
@@ -18,13 +19,16 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: demo test lint asan gpu-check install install-test clean
+.PHONY: demo test test-nodes lint asan gpu-check install install-test clean
 
 demo: install
 	examples/demo.sh $(RANKS)
 
 test: install-test lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -m "not slow and not gpu and not nodes" tests
+
+test-nodes: install-test
+	$(BIN)/python -m pytest -m nodes tests/nodes
 
 lint: install-test
 	$(BIN)/ruff check .

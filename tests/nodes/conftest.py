@@ -1,0 +1,109 @@
+"""Two machines, and the run on one of them that all the others must equal."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slap_ds.config import write_config
+from slap_ds.metrics import read_lines
+from tests.nodes.cluster import Cluster, why_not
+from tests.recipes import losses, picks, tiny_config, tiny_model
+
+REPO = Path(__file__).parents[2]
+STEPS = 6
+
+
+class Lab:
+    """A cluster and a small run to start on it."""
+
+    def __init__(self, cluster, folder):
+        self.cluster, self.folder = cluster, folder
+        self.model = tiny_model(folder / "model")
+        (folder / "hosts").write_text("".join(f"{node.name} slots=1\n" for node in cluster.nodes))
+
+    def config(self, name, **sections):
+        settings = {"steps": STEPS, "model": {"gradient_checkpointing": True}, **sections}
+        path = self.folder / f"{name}.yaml"
+        write_config(tiny_config(self.model, self.folder / name, **settings), path)
+        return str(path)
+
+    def environ(self, **variables):
+        return {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+            "HOME": str(self.folder),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONWARNINGS": "ignore::FutureWarning",
+            "TORCH_EXTENSIONS_DIR": os.environ.get(
+                "TORCH_EXTENSIONS_DIR", str(REPO / ".venv/torch_extensions")
+            ),
+            "SLAP_CACHE_DIR": str(self.folder / "cache"),
+            "HOSTFILE": str(self.folder / "hosts"),
+            "IFNAME": "eth0",
+            "MASTER_PORT": str(random.randint(20000, 29000)),
+            **variables,
+        }
+
+    def start(self, node, script, config, log, **variables):
+        command = [str(REPO / "launch" / script), config]
+        environ = self.environ(**variables)
+        return self.cluster.nodes[node].start(command, environ, REPO, self.folder / log)
+
+    def start_torchrun(self, config, name):
+        """One torchrun on each node, its output in `NAME-RANK.log`."""
+        port = self.environ()["MASTER_PORT"]
+        where = {"NNODES": "2", "GPUS": "1", "MASTER_ADDR": "node1", "MASTER_PORT": port}
+        return [
+            self.start(
+                rank, "torchrun.sh", config, f"{name}-{rank}.log", NODE_RANK=str(rank), **where
+            )
+            for rank in range(2)
+        ]
+
+    def wait(self, jobs, timeout_s=100):
+        """Exit codes of the jobs; a job that hangs is killed and fails the test."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            return [job.wait(max(0.1, deadline - time.monotonic())) for job in jobs]
+        finally:
+            for job in jobs:
+                if job.poll() is None:
+                    job.kill()
+
+    def result(self, name):
+        """Every number that must not depend on the launcher: losses, picks, evaluations."""
+        metrics = read_lines(self.folder / name / "metrics.jsonl")
+        evaluations = [record["eval_loss"] for record in metrics if record["event"] == "eval"]
+        return losses(metrics), picks(self.folder / name), evaluations
+
+    def logs(self):
+        return "\n".join(
+            f"== {path.name}\n{path.read_text(errors='replace')[-4000:]}"
+            for path in sorted(self.folder.glob("*.log"))
+        )
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("cluster")
+    with Cluster(folder, 2) as cluster:
+        yield Lab(cluster, folder)
+    left = subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
+    assert f"slap{os.getpid()}" not in left
+
+
+@pytest.fixture(scope="session")
+def one_node(lab):
+    """Two ranks on one node."""
+    job = lab.start(0, "single_node.sh", lab.config("one-node"), "one-node.log", GPUS="2")
+    assert lab.wait([job]) == [0], lab.logs()
+    return lab.result("one-node")
