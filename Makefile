@@ -1,4 +1,5 @@
 # make demo    the main job, end to end, on data that ships in the package
+# make demo-smollm2   a few steps of a real pretrained model, from the package registry
 # make test    install what the tests need and pass them all
 # make test-nodes   train over two nodes made of network namespaces (root; tests/nodes/install.sh)
 # make asan    the farthest-point op under AddressSanitizer
@@ -19,10 +20,13 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: demo test test-nodes lint asan gpu-check install install-test clean
+.PHONY: demo demo-smollm2 test test-nodes lint asan gpu-check install install-test clean
 
 demo: install
 	examples/demo.sh $(RANKS)
+
+demo-smollm2: install
+	examples/demo_smollm2.sh $(RANKS)
 
 test: install-test lint
 	$(BIN)/python -m pytest -m "not slow and not gpu and not nodes" tests

@@ -277,7 +277,7 @@ class Config(Section):
 
     @property
     def score_row_tokens(self) -> int:
-        # Scoring keeps no graph, so its rows can be longer; fewer rows are fewer gathers of weights.
+        # Scoring keeps no graph, so its rows can be longer: fewer rows are fewer gathers of weights
         return self.batch.score_micro_batch_tokens or 2 * self.batch.micro_batch_tokens
 
 

@@ -181,7 +181,8 @@ def _step(
     forward = block_flops(shape.config, shape.parameters, [round(sample_tokens)]) * local
     head = head_flops(shape.config, round(sample_tokens * response_share)) * local
     recompute = int(config.model.gradient_checkpointing)
-    gathered = shape.parameters * BYTES[config.model.dtype] / hw.gather_bytes_per_s
+    received = shape.parameters * BYTES[config.model.dtype] * (gpus - 1) / gpus
+    gathered = received / hw.gather_bytes_per_s
 
     def phase(flops: float, gathers: float) -> float:
         # Gathers run ahead of the compute that needs them; the slower of the two counts.
