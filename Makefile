@@ -51,7 +51,7 @@ install-test: .venv/installed-test
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q "$(TORCH)" setuptools wheel
+	$(BIN)/pip install -q "$(TORCH)" "setuptools>=77" wheel
 	$(BIN)/pip install -q --no-build-isolation -e .
 	@# DeepSpeed compiles its CPU collectives at first use; two ranks doing so at once can hang.
 	$(BIN)/python -c "from slap_ds.engine import build_extensions; build_extensions()"
