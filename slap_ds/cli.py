@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
         train(run)
     except ValueError as error:
         raise RankError(f"step {run.step}: {error}") from error
+    except Exception as error:
+        blame = run.comm.blame(error)
+        if blame is not None:
+            _leave(f"step {run.step}: {blame}")
+        raise
     stop_ranks()
 
 
@@ -240,6 +246,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _local_rank(argument: str) -> bool:
     return argument.startswith(("--local_rank=", "--local-rank="))
+
+
+def _leave(message: str) -> None:
+    """Fail without what runs at a normal exit: DeepSpeed would wait for ranks that have gone."""
+    from slap_ds.peers import GRACE_S
+
+    try:
+        _fail(message, every_rank=True)
+    finally:
+        time.sleep(GRACE_S)
+        os._exit(1)
 
 
 def _fail(message: str, every_rank: bool = False) -> None:

@@ -11,6 +11,7 @@ names the ranks. On one rank everything here is the identity.
 from __future__ import annotations
 
 import hashlib
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slap_ds.peers import Peers
 from slap_ds.scoring import Scores
 from slap_ds.selection import Selection
 
@@ -39,6 +41,29 @@ class Comm:
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bytes_sent: int = 0  # payload this rank has put into collectives, for the metrics
+    peers: Peers = field(default_factory=Peers)
+
+    def watch(self, towards: str) -> None:
+        """Make the ranks answer each other, so that `blame` can name one that has gone.
+
+        Args:
+            towards: name or address of rank 0's node.
+        """
+        self.peers = Peers.open(
+            self.rank, towards, lambda values: self.exchange(-1, "hosts", values)
+        )
+
+    def blame(self, error: BaseException) -> str | None:
+        """Who is behind a failed collective, in words; None: nobody, or it is another error."""
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            return None
+        silent = self.peers.silent()
+        if not silent:
+            return None
+        return (
+            f"no answer from {self.peers.where(silent)}: killed, frozen, or its network is down "
+            f"({_cause(error)})"
+        )
 
     def exchange(self, step: int, phase: str, values: Sequence[int]) -> np.ndarray:
         """All-gather a few integers: returns (world, len(values)) int64.
@@ -157,6 +182,12 @@ class Comm:
                 f"rank {self.rank} is at step {step}, {phase!r}, but {where} or in another phase: "
                 "a collective was skipped or reordered"
             )
+
+
+def _cause(error: BaseException) -> str:
+    """A collective's error without the place in the library where it was raised."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\]\s*", "", first)[:200]
 
 
 def _code(phase: str) -> int:

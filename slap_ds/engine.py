@@ -223,6 +223,7 @@ class DeepSpeedEngine(Engine):
             optimizer=_optimizer(config, trainable(lm)),
             config=settings,
         )
+        limit_waiting(config.engine.timeout_s)
         self.engine.train()
         self.optimizer = self.engine.optimizer
         self.device = torch.device(self.engine.device)
@@ -305,7 +306,17 @@ def start_ranks(config: Config) -> Comm:
     )
     backend = dist.get_backend()
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else "cpu"
-    return Comm(dist.get_rank(), dist.get_world_size(), torch.device(device))
+    comm = Comm(dist.get_rank(), dist.get_world_size(), torch.device(device))
+    if comm.world > 1:
+        comm.watch(os.environ["MASTER_ADDR"])
+    return comm
+
+
+def limit_waiting(seconds: float) -> None:
+    """Give every process group this time-out; those DeepSpeed makes have torch's 10 or 30 min."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if dist.get_rank(group) >= 0:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def stop_ranks() -> None:

@@ -17,7 +17,7 @@ BETWEEN = {
     "estimate": 6.5,
     "doctor": 6.5,
 }
-LEAVES = {"config", "launch_env", "__init__"}
+LEAVES = {"config", "launch_env", "peers", "__init__"}
 
 
 def imports(path):

@@ -1,0 +1,94 @@
+"""A rank that has gone is named; one that is only busy, or failed a moment ago, is not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from slap_ds.comm import Comm
+from slap_ds.peers import Peers
+
+# Each process is a rank; the table of addresses is put together over pipes.
+PEER = """
+import sys, numpy as np
+from slap_ds.peers import Peers
+rank = int(sys.argv[1])
+def exchange(values):
+    print(*values, flush=True)
+    return np.array(eval(sys.stdin.readline()))
+peers = Peers.open(rank, "127.0.0.1", exchange)
+for line in sys.stdin:
+    print(peers.silent(), flush=True)
+"""
+
+
+@pytest.fixture
+def ranks():
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PEER, str(rank)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    table = [[int(x) for x in p.stdout.readline().split()] for p in processes]
+    for process in processes:
+        process.stdin.write(f"{table}\n")
+        process.stdin.flush()
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ask(process):
+    process.stdin.write("?\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def test_the_first_rank_of_a_host_names_those_that_have_gone(ranks):
+    assert ask(ranks[0]) == "[]"
+    ranks[1].kill()
+    ranks[1].wait()
+    os.kill(ranks[3].pid, signal.SIGSTOP)
+    start = time.monotonic()
+    assert ask(ranks[0]) == "[1, 3]"
+    assert time.monotonic() - start < 4
+    # Not the first rank of its host: it asks nobody.
+    assert ask(ranks[2]) == "[]"
+
+
+def test_questions_grow_with_hosts_not_with_ranks():
+    hosts = [(f"10.0.0.{rank // 8}", 1000 + rank) for rank in range(64)]
+    assert Peers(8, hosts)._asked() == [0, *range(9, 16), *range(16, 64, 8)]
+    assert Peers(9, hosts)._asked() == []
+    assert Peers(0, [("10.0.0.1", 1), ("0.0.0.0", 0)])._asked() == []
+
+
+def test_somebody_else_on_that_port_is_no_answer():
+    peers = Peers.open(5, "127.0.0.1", lambda values: np.array([values, values]))
+    # Rank 1 of this table is in truth rank 5's port.
+    peers.rank = 0
+    assert peers.silent() == [1]
+
+
+def test_blame_is_for_failed_collectives_only(monkeypatch):
+    comm = Comm(0, 2)
+    comm.peers = Peers(0, [("127.0.0.1", 1), ("127.0.0.1", 1)])
+    gloo = RuntimeError("[/x/gloo/transport/tcp/pair.cc:1] Timed out waiting 20000ms for recv")
+    assert comm.blame(gloo) == (
+        "no answer from rank 1 (127.0.0.1): killed, frozen, or its network is down "
+        "(Timed out waiting 20000ms for recv)"
+    )
+    assert comm.blame(dist.DistBackendError("NCCL error\nmore")).endswith("(NCCL error)")
+    assert comm.blame(RuntimeError("shape mismatch")) is None
+    monkeypatch.setattr(Peers, "silent", lambda self: [])
+    assert comm.blame(gloo) is None
