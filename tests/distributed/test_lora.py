@@ -113,6 +113,18 @@ def test_two_zero3_ranks_are_one_process_on_an_unchanged_base(kind, model, model
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_in_bfloat16(kind, models, tmp_path):
+    run = config(models["llama"], tmp_path / "run", kind, model={"dtype": "bfloat16"})
+    run_ranks(run_config, 2, run)
+    found = losses(metrics(tmp_path / "run"))
+    assert found[-1] < found[0] - 0.05
+    export(tmp_path / "run", tmp_path / "merged", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("world", [0, 2])
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_reuse_trains_the_same_bits_as_separate(kind, world, models, tmp_path):
