@@ -11,8 +11,9 @@
 # MASTER_PORT  a port that is free there (default 29500); another one for every job at a time
 # IFNAME       network interface for mpiexec, NCCL and gloo, such as eth0 (default: they choose)
 # PASS         more variables to set on every host, by name: "HF_HOME MY_FLAG"
+# MPIEXEC      the launcher (default mpiexec; mpiexec.hydra where OpenMPI's mpiexec is installed too)
 set -euo pipefail
-: "${HOSTFILE:=hosts}" "${MASTER_PORT:=29500}" "${IFNAME:=}" "${PASS:=}"
+: "${HOSTFILE:=hosts}" "${MASTER_PORT:=29500}" "${IFNAME:=}" "${PASS:=}" "${MPIEXEC:=mpiexec}"
 
 found=$(python -m slap_ds.launch_env "$HOSTFILE")
 read -r first ranks <<<"$found"
@@ -33,4 +34,4 @@ for name in MASTER_ADDR MASTER_PORT PATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCE
   if [ -n "${!name:-}" ]; then options+=(-genv "$name" "${!name}"); fi
 done
 
-mpiexec "${options[@]}" "$(command -v python)" -u -m slap_ds train "$@"
+"$MPIEXEC" "${options[@]}" "$(command -v python)" -u -m slap_ds train "$@"

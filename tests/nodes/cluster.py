@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TOOLS = ("ip", "unshare", "nsenter", "ssh-keygen", "pdsh", "mpirun")
+TOOLS = ("ip", "unshare", "nsenter", "ssh-keygen", "pdsh", "mpirun", "mpiexec.hydra")
 SSHD = "/usr/sbin/sshd"
 NET = "10.77.0"
 SSH_CONFIG = """\

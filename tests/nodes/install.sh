@@ -3,7 +3,7 @@
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive
 missing=()
-for package in iproute2 openssh-server pdsh openmpi-bin numactl shellcheck; do
+for package in iproute2 openssh-server pdsh openmpi-bin mpich numactl shellcheck; do
   if ! dpkg -s "$package" >/dev/null 2>&1; then missing+=("$package"); fi
 done
 if [ ${#missing[@]} = 0 ]; then exit 0; fi

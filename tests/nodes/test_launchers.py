@@ -18,10 +18,11 @@ def test_the_one_node_run_learns_and_picks(one_node):
     assert evaluations[-1] < evaluations[0]
 
 
-@pytest.mark.parametrize("script", ["multi_node.sh", "openmpi.sh"])
+@pytest.mark.parametrize("script", ["multi_node.sh", "openmpi.sh", "mpich.sh"])
 def test_started_from_the_first_node(script, lab, one_node):
     name = script.removesuffix(".sh")
-    job = lab.start(0, script, lab.config(name), f"{name}.log")
+    # Beside OpenMPI's, MPICH's mpiexec goes by this name.
+    job = lab.start(0, script, lab.config(name), f"{name}.log", MPIEXEC="mpiexec.hydra")
     assert lab.wait([job]) == [0], lab.logs()
     assert lab.result(name) == one_node
 
