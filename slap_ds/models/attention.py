@@ -35,6 +35,8 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sample of one row.
@@ -48,12 +50,18 @@ def packed_attention(
     Returns: (1, T, H, d).
 
     Raises:
-        ValueError: the model did not pass the samples' lengths on.
+        ValueError: the model did not pass the samples' lengths on, or wants its attention scores
+            capped (Gemma 2) or given a sink (GPT-OSS), which is not built here.
     """
     if sample_lengths is None or cu_seq_lens_q is None:
         raise ValueError(
             f"model.attention packed: {type(module).__name__} is not given the samples' lengths by "
             "its model: set model.attention to sdpa or eager"
+        )
+    if softcap is not None or s_aux is not None:
+        raise ValueError(
+            f"model.attention packed: {type(module).__name__} caps its scores or has attention "
+            "sinks, which packed attention does not: set model.attention to eager"
         )
     assert attention_mask is None, "packed attention takes its structure from the samples' lengths"
     half = query.dtype in (torch.bfloat16, torch.float16)

@@ -72,6 +72,16 @@ def test_sliding_windows_hold_inside_samples(attention):
     assert (scores(wide, make_row(candidates())).loss - found).abs().max() > 1e-4
 
 
+def test_capped_attention_scores_are_refused():
+    fields = {"head_dim": 8, "attn_logit_softcapping": 20.0, "query_pre_attn_scalar": 8}
+    model = PackedCausalLM(small("gemma2", "packed", **fields), 8).eval()
+    with pytest.raises(ValueError, match=r"caps its scores.*set model\.attention to eager"):
+        scores(model, make_row(candidates()))
+    eager = PackedCausalLM(small("gemma2", "eager", **fields), 8).eval()
+    packed = scores(eager, make_row(candidates())).loss
+    torch.testing.assert_close(packed, separately(eager), rtol=2e-6, atol=2e-6)
+
+
 def test_scoring_switches_dropout_off_and_draws_no_random_numbers():
     from slap_ds.engine import TorchEngine
 
