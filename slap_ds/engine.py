@@ -214,7 +214,9 @@ class DeepSpeedEngine(Engine):
         if self.partitioned and (config.model.gradient_checkpointing or (lora and lora.use_dora)):
             # One gather a block. Replay skips the inside of a block in the forward, so the hooks
             # have to sit on the block itself; DoRA reads a layer's weight outside that layer.
-            deepspeed.utils.set_z3_leaf_modules(lm, [type(block) for block in find_blocks(lm)[:1]])
+            # A model without one list of blocks runs with finer hooks, and without replay.
+            with contextlib.suppress(ValueError):
+                deepspeed.utils.set_z3_leaf_modules(lm, [type(find_blocks(lm)[0])])
         self.model = PackedCausalLM(lm, config.scoring.chunk_tokens, inputs)
         self.parameters = count_parameters(lm)
         self.world = comm.world
