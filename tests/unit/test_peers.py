@@ -59,6 +59,7 @@ def test_the_first_rank_of_a_host_names_those_that_have_gone(ranks):
     ranks[1].kill()
     ranks[1].wait()
     os.kill(ranks[3].pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, ranks[3].pid, os.WSTOPPED)
     start = time.monotonic()
     assert ask(ranks[0]) == "[1, 3]"
     assert time.monotonic() - start < 4
