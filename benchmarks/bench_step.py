@@ -62,7 +62,7 @@ def main() -> None:
         show(result)
         if options.json:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-    stop_ranks()
+    stop_ranks(base.comm)
 
 
 def arguments() -> argparse.Namespace:

@@ -69,7 +69,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
         if blame is not None:
             _leave(f"step {run.step}: {blame}")
         raise
-    stop_ranks()
+    stop_ranks(run.comm)
 
 
 def _preview(options: argparse.Namespace, rest: list[str]) -> None:
