@@ -3,14 +3,12 @@
     read_config("configs/demo.yaml", ["--selection.keep", "0.6"])
 
 Every mistake is reported at once, by its dotted key, with a suggestion where one is near. The
-DeepSpeed JSON stays a file of its own; `resolve_deepspeed` fills its "auto" values from here and
-collects every mismatch into one error.
+DeepSpeed JSON stays a file of its own (deepspeed_json.py).
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -298,7 +296,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, expected a mapping of sections")
     for key, value in _parse_overrides(overrides):
-        _set_dotted(raw, key, value)
+        set_dotted(raw, key, value)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -341,7 +339,7 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
             yield key.replace("-", "_"), text
 
 
-def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         below = tree.setdefault(parent, {})
@@ -379,74 +377,3 @@ def _section_fields(location: Sequence[Any]) -> Iterator[str]:
 def write_config(config: Config, path: Path) -> None:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
-
-
-DEFAULT_DEEPSPEED = Path(__file__).parent / "zero3.json"
-
-
-def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration with every "auto" filled in.
-
-    One packed row is DeepSpeed's micro-batch of 1; how many rows a step takes varies, so the
-    accumulation boundary is set by us and gradient_accumulation_steps stays 1.
-
-    Raises:
-        ValueError: the file is missing or not JSON, or a value of it contradicts `config`; every
-            contradiction is listed.
-    """
-    path = Path(config.engine.deepspeed) if config.engine.deepspeed else DEFAULT_DEEPSPEED
-    if not path.is_file():
-        raise FileNotFoundError(f"engine.deepspeed: no file at {str(path)!r}")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"engine.deepspeed: {path} is not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"engine.deepspeed: {path} holds no JSON object")
-    zero = settings.setdefault("zero_optimization", {})
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": world_size,
-        "gradient_clipping": config.optimizer.max_grad_norm,
-        "bf16.enabled": config.model.dtype == "bfloat16",
-        "fp16.enabled": False,
-    }
-    sizes: dict[str, Any] = {
-        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    problems = []
-    for key, value in {**ours, **sizes}.items():
-        found = _get_dotted(settings, key)
-        if found is None and key in sizes:
-            continue
-        if found is None or found == "auto":
-            _set_dotted(settings, key, value)
-        elif key in ours and found != value:
-            problems.append(f'{key} is {found!r}, this run needs {value!r} (or "auto")')
-    if "optimizer" in settings or "scheduler" in settings:
-        problems.append("optimizer and scheduler belong into the run's YAML (optimizer section)")
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        problems.append(f"zero_optimization.stage is {zero.get('stage')!r}, expected 0, 1, 2 or 3")
-    problems += [f'{key} is "auto", which is not known here' for key in _autos(settings)]
-    if problems:
-        raise ValueError(f"engine.deepspeed: {path}\n" + "\n".join(f"  {p}" for p in problems))
-    return settings
-
-
-def _get_dotted(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return None
-        tree = tree[part]
-    return tree
-
-
-def _autos(tree: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _autos(value, f"{prefix}{key}.")
-        elif value == "auto":
-            yield f"{prefix}{key}"

@@ -30,8 +30,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slap_ds.comm import Comm
-from slap_ds.config import Config, resolve_deepspeed
+from slap_ds.config import Config
 from slap_ds.data.packing import PackedRow
+from slap_ds.deepspeed_json import resolve_deepspeed
 from slap_ds.launch_env import discover
 from slap_ds.metrics import Stopwatch
 from slap_ds.models.causal import (

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from slap_ds.config import Config, LoraConfig, resolve_deepspeed
+from slap_ds.config import Config, LoraConfig
+from slap_ds.deepspeed_json import resolve_deepspeed
 from slap_ds.models.causal import block_flops, head_flops, trainable
 from slap_ds.models.lora import add_adapter
 

@@ -16,11 +16,12 @@ import torch
 
 from slap_ds import checkpoint as checkpoints
 from slap_ds.comm import Comm
-from slap_ds.config import Config, SelectionConfig, resolve_deepspeed, write_config
+from slap_ds.config import Config, SelectionConfig, write_config
 from slap_ds.data.packing import Candidate, make_row
 from slap_ds.data.store import TokenStore, build_store
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
+from slap_ds.deepspeed_json import resolve_deepspeed
 from slap_ds.engine import Engine, make_engine, start_ranks, write_deepspeed
 from slap_ds.models.load import check_fit, load_config, load_tokenizer
 from slap_ds.scoring import Scorer, ScoringPlan, Wants

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slap_ds.config import DEFAULT_DEEPSPEED, Config
+from slap_ds.config import Config
+from slap_ds.deepspeed_json import DEFAULT_DEEPSPEED
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 

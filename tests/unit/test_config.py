@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from slap_ds.config import DEFAULT_DEEPSPEED, config_keys, read_config, resolve_deepspeed
+from slap_ds.config import config_keys, read_config
+from slap_ds.deepspeed_json import DEFAULT_DEEPSPEED, resolve_deepspeed
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")

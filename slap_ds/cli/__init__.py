@@ -1,0 +1,54 @@
+"""The command line: slap-ds train | preview | export | convert | compare | estimate | ...
+
+A mistake of the user's is one line on stderr and exit status 1, never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from slap_ds import __version__
+from slap_ds.cli import cluster, evidence, models, training
+from slap_ds.cli.common import fail
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 0, or 1 after an error, or 2 for wrong usage."""
+    # The deepspeed launcher puts --local_rank=N before the arguments; the environment has it too.
+    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not _local_rank(a)]
+    parser = _parser()
+    options, rest = parser.parse_known_args(given)
+    if rest and not getattr(options, "takes_overrides", False):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    run: Callable[[argparse.Namespace, list[str]], None] = options.run
+    try:
+        run(options, rest)
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted")
+    except Exception as error:
+        from slap_ds.comm import RankDisagreement
+        from slap_ds.run import OtherRankFailed, RankError
+
+        if isinstance(error, OtherRankFailed):
+            sys.exit(1)
+        if isinstance(error, (RankDisagreement, RankError)):
+            fail(str(error), every_rank=True)
+        raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="slap-ds", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"slap-ds {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    for room in (training, models, evidence, cluster):
+        room.add(commands)
+    return parser
+
+
+def _local_rank(argument: str) -> bool:
+    return argument.startswith(("--local_rank=", "--local-rank="))

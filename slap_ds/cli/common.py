@@ -1,0 +1,33 @@
+"""What every command needs: its parsers' type, the help on overrides, how to fail."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import NoReturn, TypeAlias
+
+from slap_ds.launch_env import rank_said
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+OVERRIDES = "then any setting of the file, such as --selection.keep 0.8"
+
+
+def fail(message: str, every_rank: bool = False) -> NoReturn:
+    rank = rank_said(os.environ)
+    if rank == 0 or every_rank:
+        where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"slap-ds: error{where}: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def leave(message: str) -> NoReturn:
+    """Fail without what runs at a normal exit: DeepSpeed would wait for ranks that have gone."""
+    from slap_ds.peers import GRACE_S
+
+    try:
+        fail(message, every_rank=True)
+    finally:
+        time.sleep(GRACE_S)
+        os._exit(1)
