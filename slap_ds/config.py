@@ -209,6 +209,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only after the last step."""
     keep_last: int = Field(2, ge=1)
     """How many checkpoints stay on disk."""
+    last: bool = True
+    """Whether the last step ends with one; a run of a study that is only measured needs none."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: from the newest checkpoint of run_dir if there is one; never: refuse a used run_dir;
     must: refuse to start without a checkpoint."""
@@ -219,6 +221,8 @@ class EvaluationConfig(Section):
     """Steps between evaluations; 0: only before the first step and after the last."""
     max_samples: int | None = Field(None, ge=1)
     """Evaluate on a fixed random subset of this size; default: all."""
+    keep_losses: bool = False
+    """Write every sample's loss to eval_samples.jsonl, for intervals over samples."""
 
 
 class Config(Section):

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 class JsonLines:
@@ -42,6 +44,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def loss_spread(loss: Tensor, picks: Tensor) -> dict[str, list[float]]:
+    """What losses a step's picks have among its candidates, in a few numbers.
+
+    `loss` (N,) nats per token, NaN or infinite ones left out; `picks` (M,) positions. Returns the
+    minimum, nine deciles and the maximum of candidates and of picks, and the share kept of each
+    tenth of the candidates by rank of loss, smallest first (fewer parts below ten candidates).
+    """
+    values = loss.double().cpu().numpy()
+    kept = np.zeros(len(values), dtype=bool)
+    kept[picks.cpu().numpy()] = True
+    finite = np.isfinite(values)
+    values, kept = values[finite], kept[finite]
+    if not kept.any():
+        return {}
+    tenths = np.linspace(0, 1, 11)
+    parts = np.array_split(np.argsort(values, kind="stable"), min(10, len(values)))
+    return {
+        "candidate_loss_deciles": np.quantile(values, tenths).tolist(),
+        "picked_loss_deciles": np.quantile(values[kept], tenths).tolist(),
+        "kept_by_loss_decile": [float(kept[part].mean()) for part in parts],
+    }
 
 
 def _keep_before(path: Path, start_step: int) -> None:

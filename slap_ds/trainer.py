@@ -18,7 +18,7 @@ from slap_ds.config import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.data.packing import PackedRow, Positions, deal
 from slap_ds.evaluation.loss import evaluate_loss
-from slap_ds.metrics import JsonLines, Stopwatch
+from slap_ds.metrics import JsonLines, Stopwatch, loss_spread
 from slap_ds.models.causal import block_flops, head_flops
 from slap_ds.progress import Progress
 from slap_ds.run import Run, budget_at
@@ -32,10 +32,16 @@ def train(run: Run) -> None:
     writer = comm.rank == 0
     metrics = JsonLines(run.run_dir / "metrics.jsonl", run.start_step) if writer else None
     picked = JsonLines(run.run_dir / "picks.jsonl", run.start_step) if writer else None
+    by_sample = None
+    if writer and config.evaluation.keep_losses:
+        by_sample = JsonLines(run.run_dir / "eval_samples.jsonl", run.start_step)
     progress = Progress(steps, run.start_step, visible=writer)
 
     def log_evaluation(step: int) -> None:
         result = _evaluate(run, step)
+        samples = result.pop("samples", None)
+        if by_sample is not None and samples:
+            by_sample.write({"step": step, **samples})
         if metrics is not None and result:
             metrics.write({"event": "eval", "step": step, **result})
             progress.note(f"evaluation loss {result['eval_loss']:.4f} nats per token")
@@ -55,7 +61,7 @@ def train(run: Run) -> None:
             last = step == steps - 1
             if last or _due(step, config.evaluation.every):
                 log_evaluation(step)
-            if last or _due(step, config.checkpoint.every):
+            if (last and config.checkpoint.last) or _due(step, config.checkpoint.every):
                 save(run, step + 1)
 
 
@@ -122,6 +128,7 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
     }
     if scored is not None:
         record["candidate_loss"] = float(scored.loss.double().nanmean())
+        record.update(loss_spread(scored.loss, selection.picks))
     if engine.device.type == "cuda":
         record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     for key in ("picked", "trained_tokens", "flops", "step_s", "score_s", "selection_s"):
@@ -247,6 +254,7 @@ def _evaluate(run: Run, step: int) -> dict[str, Any]:
         step=step,
         row_tokens=run.config.score_row_tokens,
         max_samples=run.config.evaluation.max_samples,
+        keep_losses=run.config.evaluation.keep_losses,
     )
 
 

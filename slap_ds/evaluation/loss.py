@@ -21,11 +21,13 @@ def evaluate_loss(
     step: int,
     row_tokens: int,
     max_samples: int | None = None,
+    keep_losses: bool = False,
 ) -> dict[str, Any]:
     """Token-mean losses of the store's samples on the current weights; all ranks call this.
 
     Returns: {"eval_loss": x, "eval_loss_by_task": {name: x}, "eval_loss_by_source": {name: x}},
-    nats per response token, the same on every rank.
+    nats per response token, the same on every rank. With `keep_losses` also "samples": the `ids`,
+    `loss` (nats, summed over response tokens) and `tokens` of each, in the store's order.
     """
     chosen = np.arange(len(store))
     if max_samples is not None and max_samples < len(store):
@@ -49,6 +51,12 @@ def evaluate_loss(
         result[f"eval_loss_by_{label}"] = {
             name: mean for name, mean in zip(names, means, strict=True) if mean is not None
         }
+    if keep_losses:
+        table = np.zeros((2, len(chosen)))
+        table[:, np.searchsorted(chosen, position)] = loss, tokens
+        sums = comm.sum(step, "evaluation samples", table.ravel().tolist())
+        ids = store.sample_ids[chosen].tolist()
+        result["samples"] = {"ids": ids, "loss": sums[: len(ids)], "tokens": sums[len(ids) :]}
     return result
 
 
