@@ -12,10 +12,12 @@ import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
+from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -133,6 +135,19 @@ class SelectionConfig(Section):
     """Divides the losses in softmax(loss / temperature); nats per token."""
     across_strata: bool = True
     """Measure distances to the picks of earlier strata too."""
+    where: Literal["one_rank", "every_rank", "sharded"] = "one_rank"
+    """Who chooses; the picks are the same. one_rank: rank 0, and tells the others; every_rank: each
+    for itself; sharded: together, each holding its own candidates' sketches (slap and k_center;
+    docs/performance.md says when it pays)."""
+
+    @model_validator(mode="after")
+    def _shardable(self) -> SelectionConfig:
+        if self.where == "sharded" and self.method not in ("slap", "k_center"):
+            raise ValueError(
+                f"selection.where sharded is for slap and k_center, which look at sketches by "
+                f"distances alone; found method {self.method}: choose one_rank or every_rank"
+            )
+        return self
 
 
 class ScoringConfig(Section):
@@ -290,6 +305,19 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
         ValueError: listing every mistake found, one per line, by dotted key.
         FileNotFoundError: no such file.
     """
+    raw = read_yaml(path)
+    for key, value in _parse_overrides(overrides):
+        set_dotted(raw, key, value)
+    return validated(Config, raw, path)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: something else is in it.
+        FileNotFoundError: no such file.
+    """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no config file at {path!r}")
@@ -299,12 +327,19 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, expected a mapping of sections")
-    for key, value in _parse_overrides(overrides):
-        set_dotted(raw, key, value)
+    return raw
+
+
+def validated(model: type[M], raw: Mapping[str, Any], path: str) -> M:
+    """`raw`, the content of the file at `path`, as a `model`.
+
+    Raises:
+        ValueError: listing every mistake found, one per line, by dotted key.
+    """
     try:
-        return Config.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
+        lines = [_explain(e, model) for e in error.errors()]
         count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
         raise ValueError(f"{path}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
 
@@ -353,10 +388,10 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: Mapping[str, Any]) -> str:
+def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
-        known = list(_section_fields(error["loc"][:-1]))
+        known = list(_section_fields(error["loc"][:-1], model))
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
@@ -368,9 +403,12 @@ def _explain(error: Mapping[str, Any]) -> str:
     return f"{key}: {message} (found {error['input']!r})"
 
 
-def _section_fields(location: Sequence[Any]) -> Iterator[str]:
-    model: Any = Config
+def _section_fields(location: Sequence[Any], root: type[BaseModel]) -> Iterator[str]:
+    model: Any = root
     for part in location:
+        if get_origin(model) in (list, dict):
+            model = get_args(model)[-1]
+            continue
         field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
         model = field.annotation if field is not None else None
         if get_origin(model) in (Union, types.UnionType):
