@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from slap_ds.data.formats import Conversation, Reject, read_sources
 from slap_ds.data.sources import Source, find_sources
-from slap_ds.data.templates import Template
+from slap_ds.data.templates import Encoded, Template
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +251,29 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """An encoded conversation as it is stored."""
+
+    ids: npt.NDArray[np.uint32]  # (len,) token ids
+    mask: bytes  # one byte a token
+    trained: int  # tokens predicted with loss
+    content: int  # 63-bit hash of ids and mask
+
+
+def cut(encoded: Encoded, max_tokens: int, over_length: str) -> Cut | str:
+    """The sample under the length rule, or why there is none: "too long", "no trained tokens"."""
+    if len(encoded.ids) > max_tokens and over_length == "drop":
+        return "too long"
+    ids = np.array(encoded.ids[:max_tokens], dtype="<u4")
+    mask = bytes(encoded.mask[:max_tokens])
+    trained = sum(mask[1:])  # nothing predicts the first token
+    if trained == 0:
+        return "no trained tokens"
+    digest = hashlib.blake2b(ids.tobytes() + mask, digest_size=8).digest()
+    return Cut(ids, mask, trained, int.from_bytes(digest, "little") >> 1)
+
+
 Located = tuple[Source, int, Conversation | Reject]
 
 
@@ -304,28 +327,24 @@ def _write(
                     counts.rejected += 1
                     rejects.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
                     continue
-                too_long = len(result.ids) > max_tokens
-                if too_long and over_length == "drop":
+                sample = cut(result, max_tokens, over_length)
+                if sample == "too long":
                     counts.dropped_too_long += 1
                     continue
-                ids = np.array(result.ids[:max_tokens], dtype="<u4")
-                mask = bytes(result.mask[:max_tokens])
-                trained = sum(mask[1:])  # nothing predicts the first token
-                if trained == 0:
+                if isinstance(sample, str):
                     counts.dropped_no_trained_tokens += 1
                     continue
-                token_file.write(ids.astype(token_type).tobytes())
-                mask_file.write(mask)
-                digest = hashlib.blake2b(ids.tobytes() + mask, digest_size=8).digest()
-                columns["lengths"].append(len(ids))
-                columns["trained_tokens"].append(trained)
-                columns["content"].append(int.from_bytes(digest, "little") >> 1)
+                token_file.write(sample.ids.astype(token_type).tobytes())
+                mask_file.write(sample.mask)
+                columns["lengths"].append(len(sample.ids))
+                columns["trained_tokens"].append(sample.trained)
+                columns["content"].append(sample.content)
                 for label in LABELS:
                     codes = names[label]
                     columns[label].append(codes.setdefault(getattr(row, label), len(codes)))
-                counts.truncated += too_long
-                counts.tokens += len(ids)
-                counts.trained_tokens += trained
+                counts.truncated += len(result.ids) > max_tokens
+                counts.tokens += len(sample.ids)
+                counts.trained_tokens += sample.trained
             if progress is not None:
                 progress(counts.rows)
     if len(columns["lengths"]) > 2**POSITION_BITS:

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from slap_ds.comm import Comm
-from slap_ds.data.packing import Candidate, PackedRow, deal, pack
 from slap_ds.data.store import TokenStore
 from slap_ds.engine import Engine
-from slap_ds.scoring import Wants
+from slap_ds.evaluation.pass_ import sum_pass
 
 
 def evaluate_loss(
@@ -33,36 +32,17 @@ def evaluate_loss(
     if max_samples is not None and max_samples < len(store):
         generator = np.random.Generator(np.random.Philox(key=[0, len(store)]))
         chosen = np.sort(generator.choice(len(store), max_samples, replace=False))
-    mine = chosen[deal(store.lengths[chosen], comm.world)[comm.rank]]
-    samples = [Candidate(int(i), store[int(i)].ids, store[int(i)].mask) for i in mine]
-    rows = pack(samples, row_tokens)
-    most = int(comm.exchange(step, "evaluation rows", [len(rows)]).max())
-    rows += [PackedRow.empty()] * (most - len(rows))
-    scores = engine.score(rows, Wants())
-    position = scores.positions.cpu().numpy()
-    loss, tokens = scores.loss.double().cpu().numpy(), scores.tokens.cpu().numpy()
+    loss, tokens = sum_pass(engine, comm, store, chosen, row_tokens, step)
 
-    result: dict[str, Any] = {"eval_loss": _means(comm, step, [loss], [tokens])[0]}
+    result: dict[str, Any] = {"eval_loss": float(loss.sum() / tokens.sum())}
     for label in ("task", "source"):
-        codes = getattr(store, label)[position]
-        names = store.names[label]
-        groups = [codes == code for code in range(len(names))]
-        means = _means(comm, step, [loss[g] for g in groups], [tokens[g] for g in groups])
+        codes = getattr(store, label)[chosen]
         result[f"eval_loss_by_{label}"] = {
-            name: mean for name, mean in zip(names, means, strict=True) if mean is not None
+            name: float(loss[codes == code].sum() / tokens[codes == code].sum())
+            for code, name in enumerate(store.names[label])
+            if (codes == code).any()
         }
     if keep_losses:
-        table = np.zeros((2, len(chosen)))
-        table[:, np.searchsorted(chosen, position)] = loss, tokens
-        sums = comm.sum(step, "evaluation samples", table.ravel().tolist())
         ids = store.sample_ids[chosen].tolist()
-        result["samples"] = {"ids": ids, "loss": sums[: len(ids)], "tokens": sums[len(ids) :]}
+        result["samples"] = {"ids": ids, "loss": loss.tolist(), "tokens": tokens.tolist()}
     return result
-
-
-def _means(
-    comm: Comm, step: int, losses: list[np.ndarray], tokens: list[np.ndarray]
-) -> list[float | None]:
-    sums = comm.sum(step, "evaluation sums", [float(x.sum()) for x in (*losses, *tokens)])
-    half = len(losses)
-    return [s / n if n else None for s, n in zip(sums[:half], sums[half:], strict=True)]

@@ -1,0 +1,77 @@
+"""The rows behind a store's samples, read again from the sources.
+
+A store keeps tokens, not rows. This walks the sources as the store's builder did and pairs every
+stored sample with the row it was made of.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from slap_ds.data.formats import FORMATS, Conversation, recognise
+from slap_ds.data.sources import Source, find_sources, read_rows
+from slap_ds.data.store import TokenStore, cut
+from slap_ds.data.templates import Template
+
+BATCH_ROWS = 256
+
+
+class Origin(NamedTuple):
+    position: int  # of the sample, in the store
+    row: Mapping[str, Any]  # as read, all its fields
+    conversation: Conversation
+
+
+def reread(
+    store: TokenStore,
+    paths: Sequence[str],
+    *,
+    format: str,
+    template: Template,
+    max_tokens: int,
+    over_length: Literal["truncate", "drop"],
+) -> Iterator[Origin]:
+    """Every sample of the store with its row, in the store's order.
+
+    The arguments are those that `build_store` made the store with.
+
+    Raises:
+        ValueError: the sources do not give the store's samples any more.
+    """
+    index = 0
+    rows = _usable(find_sources(paths), format)
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        encoded = template.encode_batch([conversation.messages for _, _, conversation in batch])
+        for (where, row, conversation), result in zip(batch, encoded, strict=True):
+            if isinstance(result, ValueError):
+                continue
+            sample = cut(result, max_tokens, over_length)
+            if isinstance(sample, str):
+                continue
+            if index >= len(store) or sample.content != store.content[index]:
+                raise ValueError(
+                    f"{where} is not what was read before: the data have changed, run this again"
+                )
+            yield Origin(index, row, conversation)
+            index += 1
+    if index != len(store):
+        raise ValueError(
+            f"the data gave {len(store)} samples before and {index} now: they have changed, run "
+            "this again"
+        )
+
+
+def _usable(
+    sources: Sequence[Source], format: str
+) -> Iterator[tuple[str, Mapping[str, Any], Conversation]]:
+    for source in sources:
+        for number, row in read_rows(source):
+            try:
+                if isinstance(row, ValueError):
+                    continue
+                kind = recognise(row) if format == "auto" else format
+                yield f"{source.name}, row {number},", row, FORMATS[kind](row)
+            except ValueError:  # the store's builder wrote it to rejects.jsonl
+                continue
