@@ -40,8 +40,14 @@ class Comm:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    bytes_sent: int = 0  # payload this rank has put into collectives, for the metrics
+    # Collectives by phase: how many, and the bytes of payload this rank has put into them.
+    traffic: dict[str, list[int]] = field(default_factory=dict)
     peers: Peers = field(default_factory=Peers)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload this rank has put into collectives so far."""
+        return sum(size for _, size in self.traffic.values())
 
     def watch(self, towards: str) -> None:
         """Make the ranks answer each other, so that `blame` can name one that has gone.
@@ -72,7 +78,7 @@ class Comm:
             RankDisagreement: some rank is at another step or phase.
         """
         mine = torch.tensor([step, _code(phase), *values], dtype=torch.int64)
-        table = self._all_gather(mine).numpy()
+        table = self._all_gather(mine, phase).numpy()
         self._check_stamps(table[:, :2], step, phase)
         return table[:, 2:]
 
@@ -89,6 +95,14 @@ class Comm:
                 f"step {step}: {phase} differs between rank 0 and ranks {odd.tolist()}; they must "
                 "be the same on every rank"
             )
+
+    def texts(self, step: int, phase: str, text: str) -> list[str]:
+        """Every rank's text, in rank order."""
+        data = text.encode()
+        room = int(self.exchange(step, f"{phase}: lengths", [len(data)]).max())
+        padded = data.ljust(-(-max(room, 1) // 8) * 8, b"\0")
+        table = self.exchange(step, phase, np.frombuffer(padded, dtype=np.int64).tolist())
+        return [row.tobytes().rstrip(b"\0").decode() for row in np.ascontiguousarray(table)]
 
     def barrier(self, step: int, phase: str) -> None:
         """Wait for all ranks."""
@@ -116,7 +130,7 @@ class Comm:
         room = max(_bytes(local, int(n)) for n in counts)
         padded = torch.zeros(room, dtype=torch.uint8, device=mine.device)
         padded[: len(mine)] = mine
-        table = self._all_gather(padded)
+        table = self._all_gather(padded, "gather")
         shares = [_unpack(row, int(n), local) for row, n in zip(table, counts, strict=True)]
         positions = torch.cat([share.positions for share in shares])
         order = torch.argsort(positions)
@@ -154,25 +168,55 @@ class Comm:
         payload = payload.to(self.device)
         dist.broadcast(payload, src=0)
         payload = payload.cpu()
-        self.bytes_sent += payload.numel()
+        self._count("broadcast of picks", payload)
         received = Selection(
             picks=_as(payload[: count * 8], torch.int64),
             weights=_as(payload[count * 8 :], torch.float32),
             stats={} if selection is None else selection.stats,
         )
-        digest = hashlib.sha256(payload.numpy().tobytes()).hexdigest()
-        self.agree(step, "the hash of the picks", digest)
-        return received
+        return self.agree_picks(step, received)
 
-    def _all_gather(self, mine: Tensor) -> Tensor:
+    def agree_picks(self, step: int, selection: Selection) -> Selection:
+        """Check that every rank holds these picks and weights, and return them.
+
+        Raises:
+            RankDisagreement: naming the ranks that do not.
+        """
+        if self.world > 1:
+            digest = hashlib.sha256(selection.picks.numpy().tobytes())
+            digest.update(selection.weights.numpy().tobytes())
+            self.agree(step, "the hash of the picks", digest.hexdigest())
+        return selection
+
+    def add_rows(self, step: int, phase: str, rows: Tensor) -> Tensor:
+        """(p, D) float32, each row zero on all ranks but one -> that rank's rows, bit for bit.
+
+        Raises:
+            RankDisagreement: some rank is at another step or phase.
+        """
+        if self.world == 1:
+            return rows
+        self.barrier(step, phase)
+        # As integers: in float32 the zeros of the others would turn -0 into 0.
+        bits = rows.contiguous().view(torch.int32).to(self.device, copy=True)
+        dist.all_reduce(bits)
+        self._count(phase, bits)
+        return bits.to(rows.device).view(torch.float32)
+
+    def _all_gather(self, mine: Tensor, phase: str) -> Tensor:
         """(n,) -> (world, n), on the CPU for CPU tensors and on `device` otherwise."""
         if self.world == 1:
             return mine[None]
         sent = mine.to(self.device)
         table = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.device)
         _all_gather_single(table.view(-1), sent)
-        self.bytes_sent += sent.numel() * sent.element_size()
+        self._count(phase, sent)
         return table.to(mine.device)
+
+    def _count(self, phase: str, payload: Tensor) -> None:
+        count = self.traffic.setdefault(phase, [0, 0])
+        count[0] += 1
+        count[1] += payload.numel() * payload.element_size()
 
     def _check_stamps(self, stamps: np.ndarray, step: int, phase: str) -> None:
         odd = (stamps != stamps[self.rank]).any(1).nonzero()[0]

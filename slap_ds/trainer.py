@@ -7,6 +7,7 @@ picks, number of rows) is computed from values that all ranks share, or agreed o
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,11 @@ from slap_ds.metrics import JsonLines, Stopwatch, loss_spread
 from slap_ds.models.causal import block_flops, head_flops
 from slap_ds.progress import Progress
 from slap_ds.run import Run, budget_at
+from slap_ds.scoring import Scores, first_occurrence
 from slap_ds.selection import ScoredBatch, Selection, select, select_balanced
+from slap_ds.selection.k_center import KCenter
+from slap_ds.selection.sharded import Shard, hold
+from slap_ds.selection.slap import Slap
 
 
 def train(run: Run) -> None:
@@ -80,18 +85,22 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
     sent_before = comm.bytes_sent
     with watch("step"):
         shares = deal(batch.lengths, comm.world)
-        scored = None
+        scored, shard = None, None
         if scoring:
             with watch("score"):
                 rows = batch.rows(shares[comm.rank], config.score_row_tokens)
                 rows = equal_rows(comm, step, "scoring rows", rows)
                 local = engine.score(rows, run.scorer.wants(step), keep=reuse)
             with watch("gather"):
-                scored = run.scorer.finish(comm.gather(step, local, n), batch.content)
+                scored, shard = _gather(run, step, batch, local, shares)
         with watch("select"):
-            selection = _choose(run, step, batch, budget, scored, shares, balance)
+            selection = _choose(run, step, batch, budget, scored, shard, shares, balance)
         with watch("scatter"):
-            selection = comm.broadcast_picks(step, selection)
+            if config.selection.where == "one_rank":
+                selection = comm.broadcast_picks(step, selection)
+            else:
+                assert selection is not None
+                comm.agree_picks(step, selection)
             picks = selection.picks.numpy()
             mine = _place(batch, picks, shares, balance, comm)
             weights = dict(zip(picks.tolist(), selection.weights.tolist(), strict=True))
@@ -167,35 +176,61 @@ def equal_rows(comm: Comm, step: int, phase: str, rows: list[PackedRow]) -> list
     return rows + [PackedRow.empty()] * (most - len(rows))
 
 
+def _gather(
+    run: Run, step: int, batch: CandidateBatch, local: Scores, shares: list[Positions]
+) -> tuple[ScoredBatch, Shard | None]:
+    """The scored batch; with sharded selection the sketches stay where they are, in the shard."""
+    comm, n = run.comm, len(batch)
+    if run.config.selection.where != "sharded" or local.gradient is None:
+        return run.scorer.finish(comm.gather(step, local, n), batch.content), None
+    rest = comm.gather(step, replace(local, gradient=None), n)
+    scored = run.scorer.finish(rest, batch.content)
+    sketch = run.scorer.sketch(local)
+    assert sketch is not None
+    first = first_occurrence(batch.content)
+    shard = hold(comm, step, local.positions, sketch, first, _holders(shares, n))
+    return shard.stand_in(scored), shard
+
+
+def _holders(shares: list[Positions], n: int) -> torch.Tensor:
+    """(N,) int64: the rank that holds each candidate."""
+    holder = np.empty(n, dtype=np.int64)
+    for rank, share in enumerate(shares):
+        holder[share] = rank
+    return torch.from_numpy(holder)
+
+
 def _choose(
     run: Run,
     step: int,
     batch: CandidateBatch,
     budget: int,
     scored: ScoredBatch | None,
+    shard: Shard | None,
     shares: list[Positions],
     balance: str,
 ) -> Selection | None:
-    """Rank 0's choice; None on the others, which receive it."""
+    """The choice; with one_rank None on all ranks but 0, which receive it."""
     n, comm = len(batch), run.comm
-    if comm.rank != 0:
+    if comm.rank != 0 and run.config.selection.where == "one_rank":
         return None
     if budget == n:
         return Selection(torch.arange(n), torch.ones(n))
     generator = torch.Generator().manual_seed(_mix(run.config.seed, step))
     # A selector that needs no scores gets a batch of equal ones.
     seen = scored if scored is not None else ScoredBatch(loss=torch.zeros(n))
+    selector = run.selector
+    if shard is not None:
+        assert isinstance(selector, (Slap, KCenter))
+        selector = replace(selector, farthest=shard.farthest_point)
     if balance != "quota" or comm.world == 1:
-        return select(run.selector, seen, budget, generator)
-    holder = np.empty(n, dtype=np.int64)
-    for rank, share in enumerate(shares):
-        holder[share] = rank
+        return select(selector, seen, budget, generator)
     return select_balanced(
-        run.selector,
+        selector,
         seen,
         budget,
         generator,
-        holder=torch.from_numpy(holder),
+        holder=_holders(shares, n),
         tokens=torch.from_numpy(batch.lengths),
         holders=comm.world,
         slack=run.config.step.quota_slack,

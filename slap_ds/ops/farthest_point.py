@@ -76,12 +76,14 @@ def _op(
     quotas: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = check(features, budgets, strata, first, across_strata, groups, quotas)
-    picks, pick_squared, squared = _select(features, plan)
+    picks, pick_squared, squared = run_plan(features, plan)
     device = features.device
     return picks.to(device), pick_squared.to(device), squared.sqrt().to(device)
 
 
-def _select(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def run_plan(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """A checked request on the fastest path there is: picks (M,), their squared distances (M,) and
+    each point's (N,), on the features' device or the CPU."""
     if features.is_cuda and not isinstance(cuda := native.cuda_library(), str):
         # The library launches on the current device: without the guard, rank 1's kernels would be
         # queued on GPU 0.

@@ -5,7 +5,7 @@ from slap_ds.scoring.curvature import Curvature
 from slap_ds.scoring.head import Head, HeadScores, WeightedTokenLoss, score_head
 from slap_ds.scoring.plan import ScoringPlan
 from slap_ds.scoring.probes import token_subset
-from slap_ds.scoring.scorer import Scorer, Scores, collect
+from slap_ds.scoring.scorer import Scorer, Scores, collect, first_occurrence
 from slap_ds.scoring.wants import Wants
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Wants",
     "WeightedTokenLoss",
     "collect",
+    "first_occurrence",
     "recorded",
     "score_head",
     "score_tail",

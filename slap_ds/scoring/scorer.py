@@ -78,22 +78,27 @@ class Scorer:
             content: (N,) int64, equal where samples are equal token for token.
         """
         loss = scores.mean_loss()
-        sketch = None
         if self.curvature is not None and scores.diagonal is not None:
             self.curvature.update(scores.diagonal, scores.diagonal_tokens)
-        if scores.gradient is not None:
-            sketch = scores.gradient.float() / scores.tokens[:, None]
-            if self.curvature is not None and self.plan.config.sketch in ("head_input", "hvp"):
-                sketch = self.curvature.precondition(sketch)
-            if self.plan.config.sketch_norm == "unit":
-                norm = torch.linalg.vector_norm(sketch, dim=1, keepdim=True)
-                sketch = sketch / norm.clamp(min=torch.finfo(torch.float32).tiny)
+        sketch = self.sketch(scores)
         # Equal samples have equal scores; packing and the number of ranks round them differently
         # in the last bit, and a tie between twins must not be decided by that.
-        first = _first_occurrence(content).to(loss.device)
+        first = first_occurrence(content).to(loss.device)
         return ScoredBatch(
             loss=loss[first], sketch=None if sketch is None else sketch[first].contiguous()
         )
+
+    def sketch(self, scores: Scores) -> Tensor | None:
+        """(n, D) float32 from sums of any n candidates, with the curvature as `finish` left it."""
+        if scores.gradient is None:
+            return None
+        sketch = scores.gradient.float() / scores.tokens[:, None]
+        if self.curvature is not None and self.plan.config.sketch in ("head_input", "hvp"):
+            sketch = self.curvature.precondition(sketch)
+        if self.plan.config.sketch_norm == "unit":
+            norm = torch.linalg.vector_norm(sketch, dim=1, keepdim=True)
+            sketch = sketch / norm.clamp(min=torch.finfo(torch.float32).tiny)
+        return sketch
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.curvature is None else {"curvature": self.curvature.state_dict()}
@@ -103,7 +108,7 @@ class Scorer:
             self.curvature.load_state_dict(state["curvature"])
 
 
-def _first_occurrence(content: Tensor) -> Tensor:
+def first_occurrence(content: Tensor) -> Tensor:
     """(N,) -> (N,): for each entry, the index of the first equal entry."""
     _, group = content.unique(return_inverse=True)
     first = torch.full((int(group.max()) + 1,), len(content), dtype=torch.int64)
