@@ -1,4 +1,4 @@
-"""From a run's newest checkpoint to a Hugging Face folder, and an answer from it."""
+"""From a run's newest checkpoint to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from slap_ds import checkpoint as checkpoints
 from slap_ds.config import Config
-from slap_ds.data.formats import Message
-from slap_ds.data.templates import Template, make_template
+from slap_ds.data.templates import make_template
 from slap_ds.engine import whole_weights
 from slap_ds.models.chatglm import KEPT
 from slap_ds.models.load import DTYPES, load_config, load_tokenizer
-from slap_ds.models.lora import load_adapted, merged, with_adapter
+from slap_ds.models.lora import merged, with_adapter
 
 
 def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
@@ -87,32 +86,3 @@ def _adapted(config: Config, checkpoint: Path, merge: bool) -> Any:
     weights = {name: value.to(dtype) for name, value in whole_weights(checkpoint).items()}
     model = with_adapter(base, lora, weights, path)
     return merged(model) if merge else model
-
-
-class Answerer:
-    """Greedy answers from an exported folder; an adapter's finds its base by itself."""
-
-    def __init__(self, folder: Path) -> None:
-        note = folder / "slap_ds.json"
-        name = json.loads(note.read_text("utf-8"))["template"] if note.is_file() else "auto"
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.template: Template = make_template(name, self.tokenizer)
-        adapter = (folder / "adapter_config.json").is_file()
-        self.model: Any = (load_adapted if adapter else AutoModelForCausalLM.from_pretrained)(
-            folder
-        )
-        self.model.eval()
-
-    def __call__(self, prompt: str, max_new_tokens: int = 64) -> str:
-        ids = self.template.encode_prompt([Message("user", prompt)])
-        with torch.no_grad():
-            out = self.model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=list(self.template.stop_ids),
-                pad_token_id=self.template.stop_ids[0],
-            )
-        text: str = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-        return text.strip()

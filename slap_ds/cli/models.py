@@ -41,7 +41,7 @@ def _export(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _generate(options: argparse.Namespace, rest: list[str]) -> None:
-    from slap_ds.export import Answerer
+    from slap_ds.evaluation.answers import Answerer
 
     folder = Path(options.model)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
