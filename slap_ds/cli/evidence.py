@@ -1,17 +1,25 @@
-"""compare: what runs have shown."""
+"""compare, study: what runs have shown."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from slap_ds.cli.common import Commands
+from slap_ds.cli.common import Commands, fail
 
 
 def add(commands: Commands) -> None:
     compare = commands.add_parser("compare", help="runs side by side")
     compare.add_argument("run_dirs", nargs="+")
     compare.set_defaults(run=_compare)
+
+    study = commands.add_parser("study", help="a grid of runs from one base model, with intervals")
+    study.add_argument("study", help="YAML file; docs/studies.md says what it may hold")
+    study.add_argument("--data", help="the folder that {data} stands for (default $SLAP_DATA_DIR)")
+    study.add_argument("--out", help="folder of the study (default runs/studies/NAME)")
+    study.add_argument("--jobs", type=int, default=1, help="worker processes, a thread each")
+    study.set_defaults(run=_study)
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> None:
@@ -20,3 +28,23 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.report import compare
 
     compare([Path(run_dir) for run_dir in options.run_dirs], Console())
+
+
+def _study(options: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from slap_ds.study.plan import read_study
+
+    study = read_study(options.study, options.data or os.environ.get("SLAP_DATA_DIR"))
+    folder = Path(options.out or Path("runs", "studies", study.name))
+    from slap_ds.study.results import collect, write_rows
+    from slap_ds.study.run import run_study
+
+    outcome = run_study(study, folder, options.jobs, Console())
+    write_rows(collect(folder, outcome.cells), folder / "results")
+    print(f"wrote {folder / 'results.parquet'} and {folder / 'results.csv'}")
+    if outcome.failed:
+        fail(
+            f"{len(outcome.failed)} of {len(outcome.cells)} cells failed (error.txt in their "
+            f"folders; start again to retry them): {', '.join(outcome.failed)}"
+        )

@@ -10,16 +10,22 @@ BETWEEN = {
     "deepspeed_json": 0.5,
     "metrics": 0.5,
     "progress": 0.5,
+    "tensor_files": 0.5,
+    "whole_state": 0.6,
+    "watchdog": 4.5,
     "checkpoint": 6.5,
     "run": 6.7,
     "evaluation": 6.8,
     "curate": 7.5,
     "export": 6.5,
-    "report": 6.5,
+    "report": 7.6,
+    "study": 7.5,
     "estimate": 6.5,
     "doctor": 6.5,
+    "supervise": 6.5,
+    "faults": 7.5,
 }
-LEAVES = {"config", "launch_env", "peers", "__init__"}
+LEAVES = {"builds", "config", "launch_env", "peers", "strict_json", "__init__"}
 
 
 def imports(path):

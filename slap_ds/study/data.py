@@ -1,0 +1,181 @@
+"""The rows of a study: base, fine-tuning and evaluation parts, and the variants, as JSONL files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slap_ds.data.formats import Conversation, Message, Reject, read_sources
+from slap_ds.data.sources import find_sources
+from slap_ds.study.plan import PLAIN, Study, Variant, data_file
+
+Rows = list[Conversation]
+
+
+def write_data(study: Study, folder: Path) -> dict[str, Any]:
+    """Write the study's rows into `folder`/data, unless they are there already.
+
+    base.jsonl and train-plain.jsonl share no row, eval.jsonl is the same for all cells, and
+    train-NAME.jsonl are the variants of train-plain.jsonl. Returns what was made: `rows` by file
+    and source, `rejected` rows, and a `hash` of all that decides them.
+
+    Raises:
+        ValueError, FileNotFoundError: no usable rows; a source that a variant names is missing.
+    """
+    assert study.data is not None
+    spec = study.data
+    note = folder / "data" / "data.json"
+    train_sources, eval_sources = find_sources(spec.train), find_sources(spec.eval)
+    facts = {
+        "data": spec.model_dump(mode="json", exclude={"train", "eval"}),
+        "variants": {name: v.model_dump(mode="json") for name, v in study.variants.items()},
+        "files": [
+            [_digest(file) for source in sources for file in source.files]
+            for sources in (train_sources, eval_sources)
+        ],
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if note.is_file():
+        known: dict[str, Any] = json.loads(note.read_text("utf-8"))
+        if known["hash"] == key:
+            return known
+    train, rejected = _read(train_sources)
+    held_out, rejected_eval = _read(eval_sources)
+    if not train or not held_out:
+        raise ValueError(f"no usable rows in {spec.train if not train else spec.eval}")
+    base, tune = split(train, spec.per_source, spec.base_share, spec.seed)
+    files = {
+        "base": base,
+        f"train-{PLAIN}": tune,
+        "eval": split(held_out, spec.eval_per_source, 0.0, spec.seed)[1],
+    }
+    for name, variant in study.variants.items():
+        files[f"train-{name}"] = changed(tune, variant, spec.seed)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        _write(data_file(folder, name), rows)
+    made = {
+        "hash": key,
+        "rejected": rejected + rejected_eval,
+        "rows": {name: _count(rows) for name, rows in files.items()},
+    }
+    temporary = note.with_suffix(".tmp")
+    temporary.write_text(json.dumps(made, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(temporary, note)
+    return made
+
+
+def split(
+    rows: Iterable[Conversation], per_source: int | None, base_share: float, seed: int
+) -> tuple[Rows, Rows]:
+    """At most `per_source` random rows of each source, in two disjoint parts, base first.
+
+    A source's draw depends on the seed, its name and its own rows, not on other sources.
+    """
+    base, rest = [], []
+    for source, members in _by_source(rows).items():
+        order = _generator(seed, source).permutation(len(members))[:per_source]
+        cut = round(base_share * len(order))
+        base += [members[i] for i in order[:cut]]
+        rest += [members[i] for i in order[cut:]]
+    return base, rest
+
+
+def changed(rows: Rows, variant: Variant, seed: int) -> Rows:
+    """The rows under a variant.
+
+    Raises:
+        ValueError: noise for a source with fewer than two rows to shuffle.
+    """
+    out = list(rows)
+    if variant.noise is not None:
+        out = _noisy(out, variant.noise.source, variant.noise.share, seed)
+    if variant.duplicates is not None:
+        copies: Rows = []
+        for source, members in _by_source(out).items():
+            count = round(variant.duplicates.share * len(members))
+            chosen = _generator(seed, f"{source} copies").permutation(len(members))[:count]
+            named = [_renamed(members[i], f"{source} (copies)") for i in sorted(chosen)]
+            copies += named * (variant.duplicates.times - 1)
+        out += copies
+    return out
+
+
+def _noisy(rows: Rows, source: str, share: float, seed: int) -> Rows:
+    """All answers of a share of the source's rows, each moved to another place among them."""
+    where = [i for i, row in enumerate(rows) if row.source == source]
+    generator = _generator(seed, f"{source} noise")
+    chosen = sorted(generator.permutation(where)[: round(share * len(where))].tolist())
+    places = [
+        (i, j) for i in chosen for j, m in enumerate(rows[i].messages) if m.role == "assistant"
+    ]
+    if len(places) < 2:
+        raise ValueError(
+            f"noise: source {source!r} has {len(places)} answers to shuffle, it takes two; the "
+            f"sources are {', '.join(sorted({row.source for row in rows}))}"
+        )
+    # Each takes the answer of the next one in a random circle, so none keeps its own.
+    circle = generator.permutation(len(places))
+    answer = {
+        places[a]: rows[places[b][0]].messages[places[b][1]].content
+        for a, b in zip(circle, np.roll(circle, -1), strict=True)
+    }
+    out = list(rows)
+    for i in chosen:
+        messages = tuple(
+            Message(m.role, answer.get((i, j), m.content)) for j, m in enumerate(rows[i].messages)
+        )
+        out[i] = Conversation(messages, rows[i].task, f"{source} (noise)", rows[i].lang)
+    return out
+
+
+def _renamed(row: Conversation, source: str) -> Conversation:
+    return Conversation(row.messages, row.task, source, row.lang)
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return np.random.Generator(np.random.Philox(key=[seed, word]))
+
+
+def _by_source(rows: Iterable[Conversation]) -> dict[str, Rows]:
+    groups: dict[str, Rows] = {}
+    for row in rows:
+        groups.setdefault(row.source, []).append(row)
+    return groups
+
+
+def _count(rows: Rows) -> dict[str, int]:
+    return {source: len(members) for source, members in _by_source(rows).items()}
+
+
+def _read(sources: Any) -> tuple[Rows, int]:
+    rows, rejected = [], 0
+    for _, _, row in read_sources(sources):
+        if isinstance(row, Reject):
+            rejected += 1
+        else:
+            rows.append(row)
+    return rows, rejected
+
+
+def _write(path: Path, rows: Rows) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            record = {
+                "messages": [{"role": m.role, "content": m.content} for m in row.messages],
+                "task": row.task,
+                "source": row.source,
+                "lang": row.lang,
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,299 @@
+"""What a study runs: STUDY.yaml -> `Study` -> cells -> one run's `Config` each."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from slap_ds.config import Config, Section, read_config, read_yaml, validated
+
+PLAIN = "plain"
+BASES = ("candidates", "samples", "flops", "seconds")
+Basis = Literal["candidates", "samples", "flops", "seconds"]
+
+
+class Noise(Section):
+    source: str
+    """The source whose rows get wrong answers."""
+    share: float = Field(gt=0, le=1)
+    """Share of its rows; their answers are shuffled among themselves, and their source is named
+    `SOURCE (noise)`."""
+
+
+class Duplicates(Section):
+    times: int = Field(ge=2)
+    """How often a row stands in the data then; the copies' source is named `SOURCE (copies)`."""
+    share: float = Field(1.0, gt=0, le=1)
+    """Share of each source's rows."""
+
+
+class Variant(Section):
+    noise: Noise | None = None
+    """Wrong answers in one source."""
+    duplicates: Duplicates | None = None
+    """Rows that stand in the data several times."""
+
+
+class StudyData(Section):
+    train: list[str] = Field(min_length=1)
+    """Files, folders or patterns; `{data}` in them is the folder given by --data."""
+    eval: list[str] = Field(min_length=1)
+    """Evaluation files, the same kinds."""
+    per_source: int | None = Field(None, ge=1)
+    """At most so many training rows of each source, drawn at random; default: all."""
+    base_share: float = Field(0.0, ge=0, lt=1)
+    """Share of these rows that trains the base model; the cells get the others."""
+    eval_per_source: int | None = Field(None, ge=1)
+    """At most so many evaluation rows of each source; default: all."""
+    seed: int = Field(0, ge=0)
+    """Seed of these draws and of the variants."""
+
+
+class Base(Section):
+    path: str | None = None
+    """A Hugging Face model folder or hub name that all cells start from."""
+    config: str | None = None
+    """Instead: the config of a pre-training run that is done once."""
+    overrides: dict[str, Any] = Field({})
+    """Settings changed in `config`, by dotted key."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Base:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of path and config")
+        return self
+
+
+class Block(Section):
+    """Every combination of these is a cell; what occurs twice is run once."""
+
+    methods: list[str] = Field(min_length=1)
+    """Labels of `methods`."""
+    keep: list[float] = Field(min_length=1)
+    """Keep ratios; the reference method keeps all, whatever stands here."""
+    seeds: list[int] = Field(min_length=1)
+    """Seeds of a run: order of the candidates, selection."""
+    strata: list[int] | None = Field(None, min_length=1)
+    """Numbers of strata K; default: the config's."""
+    variants: list[str] = Field([PLAIN], min_length=1)
+    """Names of `variants`; `plain` is the data as they are."""
+
+
+class Study(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """Names the folder of the study."""
+    data: StudyData | None = None
+    """Where rows come from; default: what the config files name."""
+    base: Base
+    """The model that all cells start from."""
+    config: str
+    """The config of a cell, beside the study file or by its path."""
+    overrides: dict[str, Any] = Field({})
+    """Settings changed in all cells, by dotted key."""
+    methods: dict[str, dict[str, Any]]
+    """Label -> settings, by dotted key."""
+    variants: dict[str, Variant] = Field({})
+    """Label -> what is done to the training data."""
+    grid: list[Block] = Field(min_length=1)
+    """What is run."""
+    reference: str = "full"
+    """The method the others are compared with; it trains all candidates."""
+    margin: float = Field(0.02, ge=0)
+    """A method is not worse if its loss is surely less than this above the reference, in nats."""
+    matched: list[Literal["samples", "flops", "seconds"]] = Field([])
+    """Further runs of the reference with as many samples, FLOPs or seconds as a pruned run has."""
+    matched_methods: list[str] | None = None
+    """The methods that get such runs; default: all."""
+    seconds_ratio: dict[str, float] = Field({})
+    """`METHOD` or `METHOD-keepRATIO` -> seconds of its step / of the reference's; default: measured
+    here, by alternating steps."""
+    keep_checkpoints: bool = False
+    """Write each cell's last checkpoint; default: a cell leaves its measurements only."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        wrong = []
+        known = {"methods": set(self.methods), "variants": {PLAIN, *self.variants}}
+        for number, block in enumerate(self.grid):
+            for field, names in known.items():
+                wrong += [
+                    f"grid.{number}.{field}: {name!r} is not among {', '.join(sorted(names))}"
+                    for name in getattr(block, field)
+                    if name not in names
+                ]
+            wrong += [
+                f"grid.{number}.keep: {keep:g} is not in (0, 1]"
+                for keep in block.keep
+                if not 0 < keep <= 1
+            ]
+        named = [("reference", self.reference)]
+        named += [("matched_methods", name) for name in self.matched_methods or []]
+        wrong += [
+            f"{field}: {name!r} is not among {', '.join(sorted(self.methods))}"
+            for field, name in named
+            if name not in self.methods
+        ]
+        method = self.methods.get(self.reference, {}).get("selection.method")
+        if self.reference in self.methods and method != "full":
+            wrong.append(
+                f"methods.{self.reference}: the reference trains all candidates, "
+                f"set selection.method: full (found {method!r})"
+            )
+        if self.variants and self.data is None:
+            wrong.append("variants: they are made of `data`, which is missing")
+        if PLAIN in self.variants:
+            wrong.append(f"variants: {PLAIN!r} is the name of the data as they are")
+        if self.data is not None and self.base.config is not None and not self.data.base_share:
+            wrong.append("data.base_share is 0, so base.config has no rows to train on")
+        if wrong:
+            raise ValueError("\n  ".join(wrong))
+        return self
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One run of the grid."""
+
+    method: str
+    keep: float
+    strata: int | None
+    variant: str
+    seed: int
+    steps: int | None = None  # the reference at another number of steps; None: the config's
+
+    @property
+    def name(self) -> str:
+        parts = [self.method, f"keep{self.keep:g}"]
+        parts += [f"k{self.strata}"] if self.strata is not None else []
+        parts += [self.variant] if self.variant != PLAIN else []
+        parts += [f"steps{self.steps}"] if self.steps is not None else []
+        return "-".join([*parts, f"seed{self.seed}"])
+
+    @property
+    def group(self) -> tuple[str, float, int | None, str, int | None]:
+        """What cells have in common that differ in their seeds."""
+        return (self.method, self.keep, self.strata, self.variant, self.steps)
+
+
+def read_study(path: str, data_dir: str | None) -> Study:
+    """The study of a YAML file; paths of config files in it are relative to it.
+
+    Raises:
+        ValueError: listing every mistake, by dotted key; `{data}` occurs and there is no folder.
+        FileNotFoundError: no such file or folder.
+    """
+    raw = read_yaml(path)
+    if "{data}" in json.dumps(raw):
+        if data_dir is None:
+            raise ValueError(
+                f"{path} reads from {{data}}: name that folder with --data, or in SLAP_DATA_DIR"
+            )
+        if not Path(data_dir).is_dir():
+            raise FileNotFoundError(f"no data folder at {data_dir!r}")
+        raw = _filled(raw, data_dir)
+    study = validated(Study, raw, path)
+    here = Path(path).parent
+    base = study.base
+    if base.config is not None:
+        base = base.model_copy(update={"config": str(here / base.config)})
+    return study.model_copy(update={"config": str(here / study.config), "base": base})
+
+
+def _filled(value: Any, data_dir: str) -> Any:
+    if isinstance(value, str):
+        return value.replace("{data}", data_dir)
+    if isinstance(value, list):
+        return [_filled(item, data_dir) for item in value]
+    if isinstance(value, dict):
+        return {key: _filled(item, data_dir) for key, item in value.items()}
+    return value
+
+
+def plan(study: Study) -> list[Cell]:
+    """The cells of the grid, each once: seed by seed, so that a study cut short compares some."""
+    cells = []
+    for block in study.grid:
+        strata: list[int | None] = [*block.strata] if block.strata else [None]
+        product = itertools.product(block.methods, block.keep, strata, block.variants, block.seeds)
+        cells += [_settled(study, Cell(*combination)) for combination in product]
+    return sorted(dict.fromkeys(cells), key=lambda cell: cell.seed)
+
+
+def _settled(study: Study, cell: Cell) -> Cell:
+    if study.methods[cell.method].get("selection.method") == "full":
+        return replace(cell, keep=1.0, strata=None)
+    return cell
+
+
+def cell_config(study: Study, cell: Cell, folder: Path) -> Config:
+    """The config of one cell of the study in `folder`."""
+    changes: dict[str, Any] = {**study.overrides, **study.methods[cell.method]}
+    changes["run_dir"] = str(folder / "cells" / cell.name)
+    changes["seed"] = cell.seed
+    changes["selection.keep"] = cell.keep
+    if cell.strata is not None:
+        changes["selection.strata"] = cell.strata
+    if cell.steps is not None:
+        changes["steps"], changes["epochs"] = cell.steps, None
+    if study.data is not None:
+        changes["data.train"] = [str(data_file(folder, f"train-{cell.variant}"))]
+        changes["data.eval"] = [str(data_file(folder, "eval"))]
+    changes["model.path"] = study.base.path or str(folder / "base" / "model")
+    changes["model.config"] = None
+    changes["checkpoint.every"] = 0
+    changes["checkpoint.last"] = study.keep_checkpoints
+    changes["evaluation.keep_losses"] = True
+    return read_config(study.config, flags(changes))
+
+
+def base_config(study: Study, folder: Path) -> Config | None:
+    """The config of the pre-training run, if there is one."""
+    if study.base.config is None:
+        return None
+    changes = {**study.base.overrides, "run_dir": str(folder / "base" / "run")}
+    if study.data is not None:
+        changes["data.train"] = [str(data_file(folder, "base"))]
+        changes["data.eval"] = [str(data_file(folder, "eval"))]
+    return read_config(study.base.config, flags(changes))
+
+
+def all_configs(study: Study, cells: Sequence[Cell], folder: Path) -> dict[Cell, Config]:
+    """Every cell's config.
+
+    Raises:
+        ValueError: the mistakes of all of them, each once.
+    """
+    configs, mistakes = {}, []
+    for cell in cells:
+        try:
+            configs[cell] = cell_config(study, cell, folder)
+        except ValueError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ValueError("\n".join(dict.fromkeys(mistakes)))
+    return configs
+
+
+def data_file(folder: Path, name: str) -> Path:
+    return folder / "data" / f"{name}.jsonl"
+
+
+def flags(changes: dict[str, Any]) -> list[str]:
+    """Overrides as the command line has them; JSON is YAML."""
+    return [f"--{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def pruned_groups(study: Study, cells: Sequence[Cell]) -> Iterator[list[Cell]]:
+    """Cells that differ in their seeds only, of the methods that get matched reference runs."""
+    wanted = study.matched_methods or list(study.methods)
+    groups: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        if cell.method in wanted and cell.method != study.reference and cell.steps is None:
+            groups.setdefault(cell.group, []).append(cell)
+    yield from groups.values()

@@ -1,0 +1,286 @@
+"""Runs a study: base model, the grid, then the reference runs matched to the pruned ones.
+
+A cell is finished when its done.json holds the key of what it was made from: its config, the data
+and the base model. Finished cells are skipped, so a study that was stopped, or got more cells,
+goes on; an unfinished cell starts again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from slap_ds.config import Config
+from slap_ds.metrics import read_lines
+from slap_ds.study.data import write_data
+from slap_ds.study.plan import (
+    Cell,
+    Study,
+    all_configs,
+    base_config,
+    cell_config,
+    plan,
+    pruned_groups,
+)
+from slap_ds.study.pool import Failure, run_tasks
+from slap_ds.study.work import TimeTask, TrainTask, work, write_json
+
+PRELOAD = "slap_ds.study.work"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Pruned cells, and the number of steps at which the reference costs as much as they do."""
+
+    method: str
+    keep: float
+    strata: int | None
+    variant: str
+    basis: str  # samples, flops or seconds
+    steps: int | None  # None: the config's own number
+
+
+@dataclass(frozen=True)
+class Outcome:
+    cells: list[Cell]
+    matched: list[Matched]
+    failed: list[str]  # names of cells
+
+
+def run_study(study: Study, folder: Path, jobs: int, console: Console) -> Outcome:
+    """Run what of the study is not finished yet, on `jobs` processes of one thread each.
+
+    Raises:
+        ValueError: mistakes in the study or its configs; the base model could not be trained;
+            another process works in the same folder.
+    """
+    if jobs < 1:
+        raise ValueError(f"--jobs is {jobs}, expected 1 or more")
+    cells = plan(study)
+    configs = all_configs(study, cells, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        data_key = ""
+        if study.data is not None:
+            made = write_data(study, folder)
+            data_key = made["hash"]
+            if made["rejected"]:
+                console.print(f"{made['rejected']} rows of the data cannot be used")
+        base_key = _train_base(study, folder, data_key, console)
+        keys = [data_key, base_key]
+        failed = _run_cells(configs, keys, jobs, console)
+        matched = _match(study, folder, [c for c in cells if c.name not in failed], console)
+        more = _matched_cells(study, cells, matched)
+        configs = {cell: cell_config(study, cell, folder) for cell in more}
+        failed += _run_cells(configs, keys, jobs, console)
+        (folder / "matched.json").write_text(
+            json.dumps([asdict(m) for m in matched], indent=1) + "\n", "utf-8"
+        )
+    return Outcome(cells + more, matched, failed)
+
+
+def read_matched(folder: Path) -> list[Matched]:
+    path = folder / "matched.json"
+    if not path.is_file():
+        return []
+    return [Matched(**entry) for entry in json.loads(path.read_text("utf-8"))]
+
+
+def _train_base(study: Study, folder: Path, data_key: str, console: Console) -> str:
+    """Train and export the base model unless it is there; returns its key."""
+    config = base_config(study, folder)
+    if config is None:
+        return study.base.path or ""
+    key = _key(config, [data_key])
+    model, note = folder / "base" / "model", folder / "base" / "model.json"
+    if note.is_file() and json.loads(note.read_text("utf-8"))["key"] == key:
+        return key
+    note.unlink(missing_ok=True)
+    console.print("training the base model")
+    for _, result in run_tasks(work, [TrainTask(config, key, str(model))], 1, PRELOAD):
+        if isinstance(result, Failure):
+            raise ValueError(f"the base model could not be trained: {result.error}\n{result.trace}")
+        evals = _evaluations(Path(config.run_dir))
+        losses = f", evaluation loss {evals[0]:.4f} -> {evals[-1]:.4f}" if evals else ""
+        console.print(f"base model: {result['wall_s']:.0f} s{losses}", highlight=False)
+        write_json(note, result)
+    return key
+
+
+def _run_cells(
+    configs: Mapping[Cell, Config], keys: list[str], jobs: int, console: Console
+) -> list[str]:
+    """Train what is not finished; returns the names of the cells that failed."""
+    tasks = {}
+    for cell, config in configs.items():
+        key = _key(config, keys)
+        if finished(Path(config.run_dir)) != key:
+            tasks[config.run_dir] = (cell, TrainTask(config, key))
+    if len(tasks) < len(configs):
+        console.print(f"{len(configs) - len(tasks)} of {len(configs)} cells are finished already")
+    failed, took, started = [], [], time.perf_counter()
+    for task, result in run_tasks(work, [task for _, task in tasks.values()], jobs, PRELOAD):
+        cell, _ = tasks[task.config.run_dir]
+        run_dir = Path(task.config.run_dir)
+        if isinstance(result, Failure):
+            failed.append(cell.name)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "error.txt").write_text(f"{result.error}\n{result.trace}", "utf-8")
+            said = f"FAILED: {result.error}"
+        else:
+            evals = _evaluations(run_dir)
+            said = f"evaluation loss {evals[-1]:.4f}, " if evals else ""
+            said += f"{result['wall_s']:.0f} s"
+        took.append(time.perf_counter() - started)
+        done, left = len(took), len(tasks) - len(took)
+        eta = took[-1] / done * left
+        console.print(
+            f"[{done}/{len(tasks)}] {cell.name}: {said}; about {_minutes(eta)} left",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return failed
+
+
+def _match(study: Study, folder: Path, cells: Sequence[Cell], console: Console) -> list[Matched]:
+    """The steps at which the reference costs what finished pruned cells cost."""
+    if not study.matched:
+        return []
+    full = {
+        (cell.variant, cell.seed): _train_records(folder, cell)
+        for cell in cells
+        if cell.method == study.reference and cell.steps is None
+    }
+    ratios = _ratios(study, folder, cells, console) if "seconds" in study.matched else {}
+    out = []
+    for group in pruned_groups(study, cells):
+        pairs = [
+            (_train_records(folder, cell), full[cell.variant, cell.seed])
+            for cell in group
+            if (cell.variant, cell.seed) in full
+        ]
+        if not pairs:
+            continue
+        steps = len(pairs[0][1])
+        first = group[0]
+        share = {
+            "samples": _ratio(pairs, "picked"),
+            "flops": _ratio(pairs, "flops"),
+            "seconds": ratios.get(ratio_name(first), 0.0),
+        }
+        for basis in study.matched:
+            # Neighbouring numbers of steps are one run: to 1 % the costs are equal.
+            grain = max(1, steps // 100)
+            wanted = max(1, round(share[basis] * steps / grain)) * grain
+            matched_steps = wanted if wanted != steps else None
+            out.append(
+                Matched(first.method, first.keep, first.strata, first.variant, basis, matched_steps)
+            )
+    return out
+
+
+def _ratio(pairs: Sequence[tuple[list[dict[str, Any]], list[dict[str, Any]]]], key: str) -> float:
+    """Mean over seeds of a pruned run's total / the reference's."""
+    return statistics.fmean(
+        sum(record[key] for record in pruned) / sum(record[key] for record in full)
+        for pruned, full in pairs
+    )
+
+
+def _matched_cells(study: Study, cells: Sequence[Cell], matched: list[Matched]) -> list[Cell]:
+    """The reference runs that `matched` asks for and the grid does not have, each once."""
+    found = [
+        replace(cell, steps=match.steps)
+        for match in matched
+        for cell in cells
+        if cell.method == study.reference and cell.variant == match.variant
+    ]
+    return sorted(set(found) - set(cells), key=lambda cell: (cell.seed, cell.name))
+
+
+def ratio_name(cell: Cell) -> str:
+    """How step seconds are told apart: seeds and data do not change them."""
+    return f"{cell.method}-keep{cell.keep:g}" + (f"-k{cell.strata}" if cell.strata else "")
+
+
+def _ratios(
+    study: Study, folder: Path, cells: Sequence[Cell], console: Console
+) -> dict[str, float]:
+    """Seconds of a pruned step / a reference step, by `ratio_name`: given, measured before, or
+    measured now."""
+    path = folder / "seconds.json"
+    known: dict[str, float] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    configs: dict[str, Config] = {}
+    for group in pruned_groups(study, cells):
+        name = ratio_name(group[0])
+        given = study.seconds_ratio.get(name, study.seconds_ratio.get(group[0].method))
+        if given is not None:
+            known[name] = given
+        elif name not in known:
+            configs[name] = cell_config(study, group[0], folder)
+    reference = next((c for c in cells if c.method == study.reference and c.steps is None), None)
+    if not configs or reference is None:
+        return known
+    console.print(f"timing {len(configs)} kinds of step against the reference's")
+    config = cell_config(study, reference, folder)
+    config = config.model_copy(update={"run_dir": str(folder / "timing")})
+    for _, result in run_tasks(work, [TimeTask(config, configs)], 1, PRELOAD):
+        if isinstance(result, Failure):
+            raise ValueError(f"the steps could not be timed: {result.error}\n{result.trace}")
+        known.update(result)
+    write_json(path, known)
+    return known
+
+
+def finished(run_dir: Path) -> str | None:
+    """The key of a finished run, else None."""
+    path = run_dir / "done.json"
+    return json.loads(path.read_text("utf-8"))["key"] if path.is_file() else None
+
+
+def _key(config: Config, more: list[str]) -> str:
+    """A hash of what decides a run's results; where the study lies does not."""
+    # Without defaults, so that a new setting does not make finished cells look unfinished.
+    settings = config.model_dump(mode="json", exclude={"run_dir"}, exclude_defaults=True)
+    settings["model"].pop("path", None)  # `more` has the base model
+    settings["data"].pop("cache_dir", None)
+    if more[0]:  # the hash of the study's own data files
+        for name in ("train", "eval"):
+            settings["data"][name] = [Path(path).name for path in settings["data"][name]]
+    return hashlib.sha256(json.dumps([settings, more], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _train_records(folder: Path, cell: Cell) -> list[dict[str, Any]]:
+    records = read_lines(folder / "cells" / cell.name / "metrics.jsonl")
+    return [record for record in records if record["event"] == "train"]
+
+
+def _evaluations(run_dir: Path) -> list[float]:
+    records = read_lines(run_dir / "metrics.jsonl")
+    return [record["eval_loss"] for record in records if record["event"] == "eval"]
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the study's folder, so that two processes never train the same cell."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process runs the study in {str(folder)!r}") from None
+        yield

@@ -1,0 +1,126 @@
+"""What a worker of a study does: train the base model, train a cell, time two kinds of step."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slap_ds.config import Config
+from slap_ds.data.batch import CandidateBatch
+from slap_ds.engine import stop_ranks
+from slap_ds.export import export
+from slap_ds.run import make_parts, prepare
+from slap_ds.trainer import train, train_step
+
+TIMING_ROUNDS = 9
+TIMING_WARMUP = 2
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """Train `config` from the start; with `export_to` write the model there."""
+
+    config: Config
+    key: str  # written into done.json: what the result depends on
+    export_to: str | None = None
+
+
+@dataclass(frozen=True)
+class TimeTask:
+    """Time a step of each of `configs` against one of `reference`."""
+
+    reference: Config
+    configs: dict[str, Config]
+
+
+def work(task: TrainTask | TimeTask) -> dict[str, Any]:
+    """Run a task in this process, on one thread, what it prints in log.txt of its run folder."""
+    torch.set_num_threads(1)
+    config = task.config if isinstance(task, TrainTask) else task.reference
+    folder = Path(config.run_dir)
+    if folder.exists():
+        shutil.rmtree(folder)  # an interrupted run starts again
+    folder.mkdir(parents=True)
+    with _printing_to(folder / "log.txt"):
+        try:
+            return _train(task) if isinstance(task, TrainTask) else time_steps(task)
+        finally:
+            gc.collect()
+
+
+def _train(task: TrainTask) -> dict[str, Any]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run = prepare(task.config)
+    train(run)
+    stop_ranks(run.comm)
+    if task.export_to is not None:
+        export(run.run_dir, Path(task.export_to))
+    result = {
+        "key": task.key,
+        "wall_s": time.perf_counter() - wall,
+        "cpu_s": time.process_time() - cpu,
+    }
+    write_json(run.run_dir / "done.json", result)
+    return result
+
+
+def time_steps(task: TimeTask) -> dict[str, float]:
+    """Median over rounds of a config's step seconds / the reference's, on the same candidates.
+
+    All share one engine and take turns, so that a machine that becomes busy slows them alike.
+    """
+    base = prepare(task.reference)
+    runs = {"": base}
+    for name, config in task.configs.items():
+        # Another's scorer and selector, this one's engine and candidates.
+        _, scorer, selector = make_parts(config, base.inputs.train)
+        runs[name] = replace(base, config=config, scorer=scorer, selector=selector, totals={})
+    ratios: dict[str, list[float]] = {name: [] for name in task.configs}
+    for number in range(TIMING_ROUNDS):
+        batch = CandidateBatch(base.inputs.train, next(base.stream))
+        took = {}
+        for name, run in runs.items():
+            took[name] = train_step(run, number, batch)[1]["step_s"]
+        if number >= TIMING_WARMUP:
+            for name, values in ratios.items():
+                values.append(took[name] / took[""])
+    stop_ranks(base.comm)
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    """Inside, stdout and stderr, also those of libraries in C, go to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = [os.dup(1), os.dup(2)]
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, saved in zip((1, 2), before, strict=True):
+            os.dup2(saved, target)
+            os.close(saved)
