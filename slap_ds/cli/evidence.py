@@ -37,12 +37,15 @@ def _study(options: argparse.Namespace, rest: list[str]) -> None:
 
     study = read_study(options.study, options.data or os.environ.get("SLAP_DATA_DIR"))
     folder = Path(options.out or Path("runs", "studies", study.name))
+    from slap_ds.study.comparisons import compare_cells
     from slap_ds.study.results import collect, write_rows
     from slap_ds.study.run import run_study
 
     outcome = run_study(study, folder, options.jobs, Console())
-    write_rows(collect(folder, outcome.cells), folder / "results")
-    print(f"wrote {folder / 'results.parquet'} and {folder / 'results.csv'}")
+    rows = collect(folder, outcome.cells)
+    write_rows(rows, folder / "results")
+    write_rows(compare_cells(study, folder, rows, outcome.matched), folder / "comparisons")
+    print(f"wrote results and comparisons, .parquet and .csv, to {folder}")
     if outcome.failed:
         fail(
             f"{len(outcome.failed)} of {len(outcome.cells)} cells failed (error.txt in their "

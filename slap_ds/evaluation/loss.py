@@ -26,7 +26,7 @@ def evaluate_loss(
 
     Returns: {"eval_loss": x, "eval_loss_by_task": {name: x}, "eval_loss_by_source": {name: x}},
     nats per response token, the same on every rank. With `keep_losses` also "samples": the `ids`,
-    `loss` (nats, summed over response tokens) and `tokens` of each, in the store's order.
+    `task`, `loss` (nats, summed over response tokens) and `tokens` of each, in the store's order.
     """
     chosen = np.arange(len(store))
     if max_samples is not None and max_samples < len(store):
@@ -43,6 +43,10 @@ def evaluate_loss(
             if (codes == code).any()
         }
     if keep_losses:
-        ids = store.sample_ids[chosen].tolist()
-        result["samples"] = {"ids": ids, "loss": loss.tolist(), "tokens": tokens.tolist()}
+        result["samples"] = {
+            "ids": store.sample_ids[chosen].tolist(),
+            "task": [store.names["task"][code] for code in store.task[chosen]],
+            "loss": loss.tolist(),
+            "tokens": tokens.tolist(),
+        }
     return result
