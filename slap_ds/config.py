@@ -216,10 +216,18 @@ class EngineConfig(Section):
     deepspeed: str | None = None
     """DeepSpeed JSON with "auto" values; default: the ZeRO-3 one that ships in the package."""
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds after which a collective that hangs is an error."""
+    """Seconds without progress after which a rank ends and says who holds it up; it must be longer
+    than the slowest checkpoint takes."""
+    start_timeout_s: float = Field(3600.0, gt=0)
+    """The same until the first step is done: reading data, building operators, loading weights."""
+    stop_timeout_s: float = Field(120.0, gt=0)
+    """Seconds from SIGTERM or SIGUSR1 to the end in any case, saved or not."""
 
 
 class CheckpointConfig(Section):
+    # `async` is a word of Python's.
+    model_config = ConfigDict(serialize_by_alias=True)
+
     every: int = Field(0, ge=0)
     """Steps between checkpoints; 0: only after the last step."""
     keep_last: int = Field(2, ge=1)
@@ -229,6 +237,13 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: from the newest checkpoint of run_dir if there is one; never: refuse a used run_dir;
     must: refuse to start without a checkpoint."""
+    background: bool = Field(False, alias="async")
+    """Go on training while a thread writes a copy of the state in host memory; an error shows at
+    the next step's edge."""
+    reshard: bool = False
+    """Let another number of ranks, or the other engine, continue from a checkpoint."""
+    verify: bool = True
+    """Compare the SHA-256 of every file before a checkpoint is used; false: only the sizes."""
 
 
 class EvaluationConfig(Section):
@@ -351,7 +366,8 @@ def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[t
         section = next((kind for kind in (inner, *get_args(inner)) if _is_section(kind)), None)
         if section is not inner:
             default = "required" if field.is_required() else f"default {field.default!r}"
-            yield f"{prefix}{name}", f"{field.description or ''} ({default})".strip()
+            key = f"{prefix}{field.alias or name}"
+            yield key, f"{field.description or ''} ({default})".strip()
         if section is not None:
             yield from config_keys(section, f"{prefix}{name}.")
 
@@ -413,7 +429,8 @@ def _section_fields(location: Sequence[Any], root: type[BaseModel]) -> Iterator[
         model = field.annotation if field is not None else None
         if get_origin(model) in (Union, types.UnionType):
             model = next((a for a in get_args(model) if hasattr(a, "model_fields")), None)
-    yield from getattr(model, "model_fields", ())
+    for name, field in getattr(model, "model_fields", {}).items():
+        yield field.alias or name
 
 
 def write_config(config: Config, path: Path) -> None:

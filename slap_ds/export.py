@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slap_ds import checkpoint as checkpoints
+from slap_ds.comm import Comm
 from slap_ds.config import Config
 from slap_ds.data.templates import make_template
-from slap_ds.engine import whole_weights
 from slap_ds.models.chatglm import KEPT
 from slap_ds.models.load import DTYPES, load_config, load_tokenizer
 from slap_ds.models.lora import merged, with_adapter
+from slap_ds.whole_state import whole_weights
 
 
 def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
@@ -28,10 +29,9 @@ def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
         FileNotFoundError: the run has no whole checkpoint.
         ValueError: the checkpoint's weights do not fit its config, or there is nothing to merge.
     """
-    found = checkpoints.find(run_dir)
-    if not found:
+    newest = checkpoints.newest(run_dir, Comm())
+    if newest is None:
         raise FileNotFoundError(f"{str(run_dir)!r} holds no whole checkpoint to export")
-    newest = found[-1]
     config = Config.model_validate(newest.manifest["config"])
     if merge and config.model.lora is None:
         raise ValueError(f"{str(run_dir)!r} trained no adapter: export it without --merge")

@@ -22,16 +22,12 @@ from slap_ds.data.store import TokenStore, build_store
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
 from slap_ds.deepspeed_json import resolve_deepspeed
-from slap_ds.engine import Engine, make_engine, start_ranks, write_deepspeed
+from slap_ds.engine import Engine, RankError, make_engine, start_ranks, write_deepspeed
 from slap_ds.models.load import check_fit, load_config, load_tokenizer
 from slap_ds.scoring import Scorer, ScoringPlan, Wants
 from slap_ds.selection import Selector, make_selector
 
 T = TypeVar("T")
-
-
-class RankError(RuntimeError):
-    """A mistake or fault that this rank has seen and others perhaps not, so this one reports it."""
 
 
 class OtherRankFailed(RuntimeError):
@@ -63,6 +59,12 @@ class Run:
     step: int = 0  # the one in progress
     totals: dict[str, float] = field(default_factory=dict)  # sums over all steps, kept on resume
 
+    saver: checkpoints.Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        kept = self.config.checkpoint
+        self.saver = checkpoints.Saver(self.run_dir, self.comm, kept.keep_last, kept.background)
+
     @property
     def run_dir(self) -> Path:
         return Path(self.config.run_dir)
@@ -88,27 +90,34 @@ class Run:
         return _facts(self.config, self.inputs)
 
 
-def prepare(config: Config) -> Run:
+def prepare(
+    config: Config, comm: Comm | None = None, read: Callable[[Config], Inputs] | None = None
+) -> Run:
     """Join the other ranks, read the data, build the engine and resume.
+
+    Args:
+        comm: if the ranks have been joined already.
+        read: gives the inputs; default: `read_inputs`.
 
     Raises:
         ValueError, FileNotFoundError: a mistake of the user's, in one line.
     """
     make_selector(config.selection.model_dump())
-    comm = start_ranks(config)
+    comm = start_ranks(config) if comm is None else comm
     run_dir = Path(config.run_dir)
-    newest = _newest_checkpoint(config)
-    inputs = first_on_each_node(comm, "data", lambda: read_inputs(config))
+    newest = _newest_checkpoint(config, comm)
+    inputs = first_on_each_node(comm, "data", lambda: (read or read_inputs)(config))
     comm.agree(-1, "the training data", inputs.train.fingerprint)
     stream, scorer, selector = make_parts(config, inputs.train)
     if newest is not None:
-        checkpoints.check_matches(newest, comm.world, _facts(config, inputs))
+        facts, reshard = _facts(config, inputs), config.checkpoint.reshard
+        checkpoints.check_matches(newest, comm.world, facts, reshard)
     engine = make_engine(config, inputs.model_config, comm)
     run = Run(config, comm, inputs, engine, stream, scorer, selector)
     if run.reuses and selector.needs:
         check_boundaries(run)
     if newest is not None:
-        state = checkpoints.load(newest, engine, comm, run.facts)
+        state = checkpoints.load(newest, engine, comm)
         run.start_step = newest.step
         stream.load_state_dict(state["stream"])
         scorer.load_state_dict(state["scorer"])
@@ -279,6 +288,7 @@ def first_on_each_node(comm: Comm, phase: str, work: Callable[[], T]) -> T:
 def _facts(config: Config, inputs: Inputs) -> dict[str, Any]:
     lora = config.model.lora
     return {
+        "engine": config.engine.kind,
         "data_fingerprint": inputs.train.fingerprint,
         "seed": config.seed,
         "model.lora": None if lora is None else lora.model_dump(mode="json"),
@@ -290,16 +300,17 @@ def _cache_dir(config: Config) -> Path:
     return Path(config.data.cache_dir or os.environ.get("SLAP_CACHE_DIR") or fallback)
 
 
-def _newest_checkpoint(config: Config) -> checkpoints.Checkpoint | None:
+def _newest_checkpoint(config: Config, comm: Comm) -> checkpoints.Checkpoint | None:
     run_dir, resume = Path(config.run_dir), config.checkpoint.resume
-    found = checkpoints.find(run_dir)
-    if resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
+    used = checkpoints.find(run_dir) or (run_dir / "metrics.jsonl").exists()
+    if resume == "never" and used:
         raise ValueError(
             f"run_dir {config.run_dir!r} holds an earlier run and checkpoint.resume is never: "
             "choose another run_dir, or resume"
         )
-    if resume == "must" and not found:
+    newest = checkpoints.newest(run_dir, comm, config.checkpoint.verify)
+    if resume == "must" and newest is None:
         raise ValueError(
             f"checkpoint.resume is must, but {config.run_dir!r} holds no whole checkpoint"
         )
-    return found[-1] if found else None
+    return newest

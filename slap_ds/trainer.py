@@ -6,6 +6,7 @@ picks, number of rows) is computed from values that all ranks share, or agreed o
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from slap_ds import checkpoint as checkpoints
+from slap_ds import strict_json
 from slap_ds.comm import Comm
 from slap_ds.config import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.data.packing import PackedRow, Positions, deal
+from slap_ds.engine import limit_waiting
 from slap_ds.evaluation.loss import evaluate_loss
 from slap_ds.metrics import JsonLines, Stopwatch, loss_spread
 from slap_ds.models.causal import block_flops, head_flops
@@ -28,6 +30,10 @@ from slap_ds.selection import ScoredBatch, Selection, select, select_balanced
 from slap_ds.selection.k_center import KCenter
 from slap_ds.selection.sharded import Shard, hold
 from slap_ds.selection.slap import Slap
+
+
+class Preempted(Exception):
+    """Somebody asked for an early end: the checkpoint is written, and all ranks leave."""
 
 
 def train(run: Run) -> None:
@@ -51,6 +57,12 @@ def train(run: Run) -> None:
             metrics.write({"event": "eval", "step": step, **result})
             progress.note(f"evaluation loss {result['eval_loss']:.4f} nats per token")
 
+    def log_checkpoints() -> None:
+        while run.saver.records:
+            record = run.saver.records.pop(0)
+            if metrics is not None:
+                metrics.write(record)
+
     if run.start_step == 0:
         log_evaluation(-1)
     with progress:
@@ -63,11 +75,22 @@ def train(run: Run) -> None:
                 picked.write({"step": step, "ids": ids, "weights": selection.weights.tolist()})
                 metrics.write(record)
             progress.advance(record)
-            last = step == steps - 1
+            if step == run.start_step and comm.world > 1:
+                comm.heart.limit_s = config.engine.timeout_s
+                limit_waiting(config.engine.timeout_s)
+            last, stopping = step == steps - 1, "stop" in record
             if last or _due(step, config.evaluation.every):
                 log_evaluation(step)
-            if (last and config.checkpoint.last) or _due(step, config.checkpoint.every):
+            if (last and config.checkpoint.last) or _due(step, config.checkpoint.every) or stopping:
                 save(run, step + 1)
+            if stopping:
+                run.saver.wait()
+            run.saver.poll()
+            log_checkpoints()
+            if stopping and not last:
+                raise Preempted(f"stopped and saved after {step + 1} steps; start again to go on")
+        run.saver.wait()
+        log_checkpoints()
 
 
 def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, dict[str, Any]]:
@@ -114,7 +137,7 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
             lr = learning_rate(step, len(run.stream), config)
             stats = engine.train(rows, total_weight, lr, replay=reuse)
     seconds = {**watch.seconds(), **stats.seconds}
-    loss, *loads = _totals(comm, step, stats.loss, int(batch.lengths[mine].sum()))
+    loss, loads, lags, stop = _totals(comm, step, stats.loss, int(batch.lengths[mine].sum()))
     record = {
         "event": "train",
         "step": step,
@@ -133,8 +156,11 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
         "selection_s": sum(seconds.get(f"{p}_s", 0) for p in ("gather", "select", "scatter")),
         "bytes_sent": comm.bytes_sent - sent_before,
         "boundary_bytes": stats.boundary_bytes,
+        **_slowest(lags),
         **selection.stats,
     }
+    if stop:
+        record["stop"] = True
     if scored is not None:
         record["candidate_loss"] = float(scored.loss.double().nanmean())
         record.update(loss_spread(scored.loss, selection.picks))
@@ -154,10 +180,10 @@ def save(run: Run, step: int) -> None:
         "selector": run.selector.state_dict(),
         "totals": run.totals,
     }
-    facts = {**run.facts, "config": run.config.model_dump(mode="json")}
-    checkpoints.save(
-        run.run_dir, step, run.engine, run.comm, state, facts, run.config.checkpoint.keep_last
-    )
+    config = run.config.model_dump(mode="json")
+    digest = hashlib.sha256(strict_json.dumps(config).encode()).hexdigest()
+    facts = {**run.facts, "config": config, "config_sha256": digest, "cursor": run.stream.cursor}
+    run.saver.save(step, run.engine, state, facts)
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
@@ -252,12 +278,30 @@ def _mix(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _totals(comm: Comm, step: int, loss: float, tokens: int) -> list[float]:
-    """The loss summed over ranks, then each rank's trained tokens."""
+def _totals(
+    comm: Comm, step: int, loss: float, tokens: int
+) -> tuple[float, list[float], list[float], bool]:
+    """The loss summed over ranks; each rank's trained tokens; the seconds each rank held the
+    others up; whether any rank was asked to stop."""
     bits = np.asarray([loss], dtype=np.float64).view(np.int64)
-    table = comm.exchange(step, "step totals", [int(bits[0]), tokens])
+    waited_us = int(comm.waited_s * 1e6)
+    comm.waited_s = 0.0
+    frozen_us = int(comm.heart.take_frozen() * 1e6)
+    values = [int(bits[0]), tokens, waited_us, frozen_us, comm.heart.stop]
+    table = comm.exchange(step, "step totals", values)
     losses = np.ascontiguousarray(table[:, 0]).view(np.float64)
-    return [float(losses.sum()), *table[:, 1].astype(float).tolist()]
+    # Whoever waits least for the others is the one they wait for.
+    lags = np.maximum(table[:, 2].max() - table[:, 2], table[:, 3]) / 1e6
+    loads = table[:, 1].astype(float).tolist()
+    return float(losses.sum()), loads, lags.tolist(), bool(table[:, 4].any())
+
+
+def _slowest(lags: list[float]) -> dict[str, float]:
+    """The rank the others waited for longest, and how long at least, in seconds."""
+    if len(lags) == 1:
+        return {}
+    slowest = int(np.argmax(lags))
+    return {"slowest_rank": slowest, "slowest_lag_s": lags[slowest]}
 
 
 def _flops(

@@ -40,7 +40,7 @@ def config(model: str, run_dir: Path, forward: str, **sections) -> Config:
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     from slap_ds import checkpoint
-    from slap_ds.engine import whole_weights
+    from slap_ds.whole_state import whole_weights
 
     return whole_weights(checkpoint.find(run_dir)[-1].folder)
 

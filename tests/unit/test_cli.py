@@ -144,7 +144,7 @@ def test_the_exported_model_is_the_trained_one(write, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from slap_ds import checkpoint
-    from slap_ds.engine import whole_weights
+    from slap_ds.whole_state import whole_weights
 
     main(["train", write()])
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])

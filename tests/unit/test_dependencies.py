@@ -22,6 +22,7 @@ BETWEEN = {
     "study": 7.5,
     "estimate": 6.5,
     "doctor": 6.5,
+    "bench": 7.5,
     "supervise": 6.5,
     "faults": 7.5,
 }

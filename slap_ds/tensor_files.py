@@ -1,0 +1,208 @@
+"""Files of tensors: written hashed and forced to disk, read without running what they hold.
+
+    writer = TensorWriter(background=True)
+    writer.write(state, path)     # copies to host memory and returns; a thread writes
+    writer.finish()               # {path: FileFact}, or the first error
+
+A pickle can run any code. Files are read by torch's restricted unpickler, which builds tensors,
+plain containers and the classes named to it, and refuses everything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class FileFact:
+    """What a file held when it was written."""
+
+    bytes: int
+    sha256: str
+
+
+class TensorWriter:
+    """Writes this rank's files of one checkpoint.
+
+    Args:
+        background: write in a thread, from a copy in host memory, while the caller goes on.
+    """
+
+    def __init__(self, background: bool = False) -> None:
+        self._facts: dict[Path, FileFact] = {}
+        self._error: Exception | None = None
+        self._queue: SimpleQueue[tuple[Any, Path] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.write_s = 0.0  # seconds spent on files, whoever waited for them
+        if background:
+            self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+            self._thread.start()
+
+    def write(self, state: Any, path: Path) -> None:
+        """Write `state` to `path`. An error is kept for `finish`: a rank that left the saving half
+        way would leave the others waiting for it."""
+        if self._thread is not None:
+            self._queue.put((to_host(state), path))
+        else:
+            self._write(state, path)
+
+    def done(self) -> bool:
+        """Whether `finish` would return at once, given that no more is written."""
+        if self._thread is None:
+            return True
+        self._queue.put(None)
+        return not self._thread.is_alive()
+
+    def finish(self) -> dict[Path, FileFact]:
+        """Wait for every file; what they hold, by path.
+
+        Raises:
+            Exception: the first error any of them met.
+        """
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._facts
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            self._write(*job)
+
+    def _write(self, state: Any, path: Path) -> None:
+        if self._error is not None:
+            return
+        started = time.perf_counter()
+        try:
+            self._facts[path] = write_tensors(state, path)
+        except Exception as error:
+            self._error = error
+        self.write_s += time.perf_counter() - started
+
+
+def write_tensors(state: Any, path: Path) -> FileFact:
+    """Save, force to disk, and return size and hash of what was written.
+
+    Raises:
+        OSError: the file cannot be written, naming it.
+    """
+    with path.open("wb") as file:
+        hashed = _Hashed(file)
+        try:
+            torch.save(state, cast("IO[bytes]", hashed))
+        except Exception as error:
+            # torch reports a failed write in words of its own, without the reason.
+            if hashed.error is None:
+                raise
+            hashed.error.filename = str(path)
+            raise hashed.error from error
+        file.flush()
+        os.fsync(file.fileno())
+    return FileFact(hashed.bytes, hashed.digest.hexdigest())
+
+
+def read_tensors(path: Path, allowed: Sequence[Any] = (), map_file: bool = False) -> Any:
+    """What `write_tensors` saved, on the CPU.
+
+    Args:
+        allowed: classes, or (class, its name in the file), that may be built beside tensors and
+            plain containers.
+        map_file: leave the tensors in the file until they are used.
+
+    Raises:
+        ValueError: the file is damaged, or asks for more than that; named, and nothing was run.
+        FileNotFoundError: there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}")
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=map_file)
+    except Exception as error:  # whatever the bytes of a damaged or hostile file lead to
+        reason = str(error).strip().splitlines()
+        told = next((line for line in reason if "Unsupported" in line or "GLOBAL" in line), "")
+        told = (told or (reason[0] if reason else type(error).__name__)).strip()
+        raise ValueError(
+            f"{path} is refused, it is damaged or holds more than tensors: {told[:200]}"
+        ) from None
+
+
+def file_fact(path: Path) -> FileFact:
+    """Size and hash of a file as it is on disk."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return FileFact(size, digest.hexdigest())
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk, so that a power cut cannot leave an empty one behind."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def to_host(state: Any) -> Any:
+    """A copy of nested containers with every tensor copied to host memory, equal ones shared."""
+    seen: dict[Any, Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+            if key not in seen:
+                seen[key] = value.detach().to("cpu", copy=True)
+            return seen[key]
+        if isinstance(value, Mapping):
+            pairs = [(key, copy(item)) for key, item in value.items()]
+            return type(value)(pairs) if isinstance(value, dict) else dict(pairs)
+        if type(value) in (list, tuple):
+            return type(value)(copy(item) for item in value)
+        return value
+
+    return copy(state)
+
+
+class _Hashed:
+    """A binary file that hashes what goes through it and keeps the error that stopped it."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        self.bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        try:
+            self.file.flush()
+        except OSError as error:
+            self.error = error
+            raise
