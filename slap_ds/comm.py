@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slap_ds.peers import Peers
+from slap_ds.peers import Heart, Peers
 from slap_ds.scoring import Scores
 from slap_ds.selection import Selection
 
@@ -43,6 +44,8 @@ class Comm:
     # Collectives by phase: how many, and the bytes of payload this rank has put into them.
     traffic: dict[str, list[int]] = field(default_factory=dict)
     peers: Peers = field(default_factory=Peers)
+    heart: Heart = field(default_factory=Heart)
+    waited_s: float = 0.0  # in exchanges, for ranks that came later
 
     @property
     def bytes_sent(self) -> int:
@@ -56,7 +59,7 @@ class Comm:
             towards: name or address of rank 0's node.
         """
         self.peers = Peers.open(
-            self.rank, towards, lambda values: self.exchange(-1, "hosts", values)
+            self.rank, towards, lambda values: self.exchange(-1, "hosts", values), self.heart
         )
 
     def blame(self, error: BaseException) -> str | None:
@@ -66,10 +69,7 @@ class Comm:
         silent = self.peers.silent()
         if not silent:
             return None
-        return (
-            f"no answer from {self.peers.where(silent)}: killed, frozen, or its network is down "
-            f"({_cause(error)})"
-        )
+        return f"{self.peers.gone(silent)} ({_cause(error)})"
 
     def exchange(self, step: int, phase: str, values: Sequence[int]) -> np.ndarray:
         """All-gather a few integers: returns (world, len(values)) int64.
@@ -77,8 +77,13 @@ class Comm:
         Raises:
             RankDisagreement: some rank is at another step or phase.
         """
+        self.heart.beat(phase, step)
+        if self.device.type == "cuda":  # the device's backlog is this rank's own work
+            torch.cuda.synchronize()
+        started = time.perf_counter()
         mine = torch.tensor([step, _code(phase), *values], dtype=torch.int64)
         table = self._all_gather(mine, phase).numpy()
+        self.waited_s += time.perf_counter() - started
         self._check_stamps(table[:, :2], step, phase)
         return table[:, 2:]
 

@@ -25,6 +25,7 @@ from typing import Literal
 
 import torch
 
+from slap_ds.builds import locks
 from slap_ds.launch_env import discover, read_hostfile
 from slap_ds.ops import active_path
 
@@ -163,10 +164,8 @@ def shared_memory(folder: str = "/dev/shm") -> Iterator[Finding]:
 
 def build_locks(environ: Mapping[str, str]) -> Iterator[Finding]:
     """A build that was killed leaves a lock that every later start waits for, without a word."""
-    default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    folder = Path(environ.get("TORCH_EXTENSIONS_DIR") or default)
-    locks = sorted(folder.glob("**/lock")) if folder.is_dir() else []
-    for lock in locks:
+    folder, found = locks(environ)
+    for lock in found:
         age_s = time.time() - lock.stat().st_mtime
         if age_s > STALE_LOCK_S:
             text = f"{lock} is {age_s / 60:.0f} minutes old: a build was killed; remove the file"
@@ -174,7 +173,7 @@ def build_locks(environ: Mapping[str, str]) -> Iterator[Finding]:
         else:
             text = f"{lock} is {age_s:.0f} s old: a build is going on, or was killed just now"
             yield Finding("yellow", "extension cache", text)
-    if not locks:
+    if not found:
         yield Finding("green", "extension cache", f"no lock in {folder}")
 
 

@@ -1,21 +1,28 @@
 """Who has gone, asked after a collective failed: its error names nobody.
 
-    peers = Peers.open(rank, MASTER_ADDR, exchange)     every rank answers on a port of its own
-    peers.silent()                                      -> the ranks that do not
+    peers = Peers.open(rank, MASTER_ADDR, exchange, heart)   every rank answers on a port of its own
+    peers.silent()                                           -> the ranks that do not
+    peers.diagnose()                                         -> who holds the others up, in words
 
 A thread answers, so a rank that waits in a collective does answer; one that was killed, frozen or
-cut off does not. The first rank of a host asks the others of its host and the first of every other
-host: the number of questions grows with hosts, not with ranks.
+cut off does not. An answer says how far the rank has come. The first rank of a host asks the others
+of its host and the first of every other host, the others ask the first of theirs: the number of
+questions grows with hosts, not with ranks.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import json
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +30,33 @@ Exchange = Callable[[Sequence[int]], np.ndarray]
 # How long a failed rank goes on answering, so that the others do not take it for the cause.
 GRACE_S = 1.5
 _ASK_S = 1.0
+# How a rank ends, in the terms of sysexits.h; docs/reliability.md has the list.
+DONE, USER_ERROR, LOST_PEER, FAILED, NO_MEMORY, PREEMPTED = 0, 1, 69, 70, 71, 75
+
+
+@dataclass
+class Heart:
+    """How far this rank has come. Whoever makes progress beats; all ranks beat equally often."""
+
+    step: int = -1  # -1: the steps have not begun
+    phase: str = "start"
+    beats: int = 0
+    at: float = field(default_factory=time.monotonic)  # of the last beat, seconds
+    limit_s: float = math.inf  # the longest time without a beat
+    stop: bool = False  # somebody wants this run to save and end
+    frozen_s: float = 0.0  # this process was not given any time, since the last `take_frozen`
+
+    def beat(self, phase: str, step: int | None = None) -> None:
+        if step is not None:
+            self.step = max(self.step, step)
+        self.phase = phase
+        self.beats += 1
+        self.at = time.monotonic()
+
+    def take_frozen(self) -> float:
+        """Seconds this process was stopped or starved since the last call."""
+        seconds, self.frozen_s = self.frozen_s, 0.0
+        return seconds
 
 
 @dataclass
@@ -31,28 +65,62 @@ class Peers:
 
     rank: int = 0
     addresses: list[tuple[str, int]] = field(default_factory=list)
+    heart: Heart = field(default_factory=Heart)
+    folder: Path | None = None  # where the ranks leave their last words
 
     @classmethod
-    def open(cls, rank: int, towards: str, exchange: Exchange) -> Peers:
+    def open(cls, rank: int, towards: str, exchange: Exchange, heart: Heart | None = None) -> Peers:
         """Start answering on the interface that leads `towards` rank 0, and learn who is where.
 
         Args:
             exchange: all-gathers a few integers, (world, count).
+            heart: what the answers tell of.
         """
-        host, port = _answer(rank, towards)
+        heart = heart or Heart()
+        host, port = _answer(rank, towards, heart)
         table = exchange([int(ipaddress.IPv4Address(host)), port])
-        return cls(rank, [(str(ipaddress.IPv4Address(int(a))), int(p)) for a, p in table])
+        addresses = [(str(ipaddress.IPv4Address(int(a))), int(p)) for a, p in table]
+        return cls(rank, addresses, heart)
 
-    def silent(self) -> list[int]:
-        """The ranks, of those this rank has to ask, that do not answer within a second."""
+    def ask(self) -> dict[int, dict[str, Any] | None]:
+        """What the ranks this one has to ask say of themselves; None: nothing within a second."""
         asked = self._asked()
         if not asked:
-            return []
+            return {}
         with ThreadPoolExecutor(min(64, len(asked))) as pool:
             answers = {rank: pool.submit(_ask, *self.addresses[rank]) for rank in asked}
             done, _ = wait(answers.values(), timeout=1.5 * _ASK_S)
             pool.shutdown(wait=False, cancel_futures=True)
-        return [r for r, answer in answers.items() if answer not in done or answer.result() != r]
+        said = {rank: a.result() if a in done else None for rank, a in answers.items()}
+        return {rank: one if one and one["rank"] == rank else None for rank, one in said.items()}
+
+    def silent(self) -> list[int]:
+        """The ranks, of those this rank has to ask, that do not answer within a second."""
+        return [rank for rank, said in self.ask().items() if said is None]
+
+    def diagnose(self) -> str:
+        """Why this rank does not get on, as far as it can find out."""
+        said = self.ask()
+        if silent := [rank for rank, one in said.items() if one is None]:
+            return self.gone(silent)
+        alive = {rank: one for rank, one in said.items() if one is not None}
+        last = min(alive, key=lambda rank: int(alive[rank]["beats"]), default=self.rank)
+        if last == self.rank or alive[last]["beats"] == self.heart.beats:
+            return "every rank it asked has come as far as this one"
+        if alive[last]["beats"] > self.heart.beats:
+            return "the ranks it asked are ahead of this one"
+        one = alive[last]
+        return (
+            f"{self.where([last])} is behind: step {one['step']}, {one['phase']!r}, "
+            f"for {one['still_s']:.0f} s"
+        )
+
+    def gone(self, silent: Sequence[int]) -> str:
+        """What is known of ranks that do not answer: an error of their own, or nothing."""
+        words = {rank: last_words(self.folder, rank) for rank in silent}
+        if failed := [f"{self.where([r])} failed: {text}" for r, text in words.items() if text]:
+            return "; ".join(failed)
+        return f"no answer from {self.where(silent)}: killed, frozen, or its network is down"
 
     def where(self, ranks: Sequence[int]) -> str:
         """`rank 2 (10.0.0.7) and rank 3 (10.0.0.7)`."""
@@ -62,9 +130,11 @@ class Peers:
         first: dict[str, int] = {}
         for rank, (host, _) in enumerate(self.addresses):
             first.setdefault(host, rank)
-        if self.rank not in first.values():
+        if self.rank >= len(self.addresses):
             return []
         mine = self.addresses[self.rank][0]
+        if self.rank not in first.values():
+            return [first[mine]] if self.addresses[first[mine]][1] else []
         return [
             rank
             for rank, (host, port) in enumerate(self.addresses)
@@ -72,8 +142,26 @@ class Peers:
         ]
 
 
-def _answer(rank: int, towards: str) -> tuple[str, int]:
-    """Tell whoever connects which rank this is, from now on; where it listens."""
+def read_heartbeat(folder: Path, rank: int) -> dict[str, Any] | None:
+    """What `watchdog` wrote for a rank; None: nothing."""
+    try:
+        text = (folder / f"rank-{rank}.json").read_text(encoding="utf-8")
+        facts: dict[str, Any] = json.loads(text)
+    except (OSError, ValueError):
+        return None
+    return facts
+
+
+def last_words(folder: Path | None, rank: int) -> str:
+    """The error that ended a rank, and was its own; "": none is known."""
+    facts = read_heartbeat(folder, rank) if folder is not None else None
+    if facts is None or facts["exit"] in (None, DONE, LOST_PEER, PREEMPTED):
+        return ""
+    return str(facts["cause"])
+
+
+def _answer(rank: int, towards: str, heart: Heart) -> tuple[str, int]:
+    """Tell whoever connects which rank this is and how far it is, from now on; where it listens."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((towards, 9))  # sends nothing
@@ -86,8 +174,11 @@ def _answer(rank: int, towards: str) -> tuple[str, int]:
         while True:
             try:
                 connection, _ = server.accept()
+                still_s = time.monotonic() - heart.at
+                said = {"rank": rank, "step": heart.step, "phase": heart.phase}
+                said |= {"beats": heart.beats, "still_s": still_s}
                 with connection:
-                    connection.sendall(b"%d\n" % rank)
+                    connection.sendall(json.dumps(said).encode() + b"\n")
             except OSError:
                 continue
 
@@ -95,11 +186,12 @@ def _answer(rank: int, towards: str) -> tuple[str, int]:
     return host, int(server.getsockname()[1])
 
 
-def _ask(host: str, port: int) -> int:
-    """The rank that answers there; -1: nobody does."""
+def _ask(host: str, port: int) -> dict[str, Any] | None:
+    """What the rank that answers there says; None: no rank does."""
     try:
         with socket.create_connection((host, port), timeout=_ASK_S) as connection:
             connection.settimeout(_ASK_S)
-            return int(connection.makefile().readline() or -1)
+            said: dict[str, Any] = json.loads(connection.makefile().readline())
+            return said
     except (OSError, ValueError):
-        return -1
+        return None

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail("interrupted")
     except Exception as error:
         from slap_ds.comm import RankDisagreement
-        from slap_ds.run import OtherRankFailed, RankError
+        from slap_ds.engine import RankError
+        from slap_ds.run import OtherRankFailed
 
         if isinstance(error, OtherRankFailed):
             sys.exit(1)

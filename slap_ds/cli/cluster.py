@@ -1,4 +1,4 @@
-"""doctor, estimate: the machines a run will have."""
+"""launch, doctor, estimate: the machines a run will have."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from slap_ds.cli.common import Commands
 
 
 def add(commands: Commands) -> None:
+    launch = commands.add_parser(
+        "launch",
+        help="start a launcher, and again after a fault: launch [options] -- deepspeed ...",
+        epilog="Exit codes, and when to let torchrun, Slurm or Kubernetes do it: "
+        "docs/reliability.md",
+    )
+    launch.add_argument("--restarts", type=int, default=3, help="at most (default 3)")
+    launch.add_argument(
+        "--backoff-s", type=float, default=5.0, help="pause before the first; doubled each time"
+    )
+    launch.add_argument(
+        "--grace-s", type=float, default=120.0, help="seconds to save in after SIGTERM (120)"
+    )
+    launch.add_argument("--run-dir", help="where no CONFIG.yaml in the command says it")
+    launch.add_argument("launcher", nargs=argparse.REMAINDER, help="-- and the command to run")
+    launch.set_defaults(run=_launch)
+
     doctor = commands.add_parser("doctor", help="what this machine gives slap_ds")
     doctor.add_argument("--hostfile", help="check its hosts too, over ssh")
     doctor.add_argument("--run-dir", default=".", help="where the run will write (default: here)")
@@ -23,6 +40,21 @@ def add(commands: Commands) -> None:
     guess.add_argument("--flops-per-s", type=float, default=400e12, help="reached by one GPU")
     guess.add_argument("--bytes-per-s", type=float, default=40e9, help="all-gather, per GPU")
     guess.set_defaults(run=_estimate, takes_overrides=True)
+
+
+def _launch(options: argparse.Namespace, rest: list[str]) -> None:
+    from pathlib import Path
+
+    from slap_ds.supervise import Options, supervise
+
+    command = options.launcher[1:] if options.launcher[:1] == ["--"] else options.launcher
+    if not command:
+        raise ValueError(
+            "nothing to launch: slap-ds launch -- deepspeed --module slap_ds train ..."
+        )
+    run_dir = Path(options.run_dir) if options.run_dir else None
+    how = Options(options.restarts, options.backoff_s, options.grace_s)
+    sys.exit(supervise(command, run_dir, how))
 
 
 def _doctor(options: argparse.Namespace, rest: list[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from typing import NoReturn, TypeAlias
 
 from slap_ds.launch_env import rank_said
@@ -20,14 +19,3 @@ def fail(message: str, every_rank: bool = False) -> NoReturn:
         where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"slap-ds: error{where}: {message}", file=sys.stderr, flush=True)
     sys.exit(1)
-
-
-def leave(message: str) -> NoReturn:
-    """Fail without what runs at a normal exit: DeepSpeed would wait for ranks that have gone."""
-    from slap_ds.peers import GRACE_S
-
-    try:
-        fail(message, every_rank=True)
-    finally:
-        time.sleep(GRACE_S)
-        os._exit(1)

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from slap_ds.cli.common import OVERRIDES, Commands, leave
+from slap_ds.cli.common import OVERRIDES, Commands
+from slap_ds.launch_env import discover
+from slap_ds.peers import DONE, FAILED, LOST_PEER, NO_MEMORY, PREEMPTED, USER_ERROR
+from slap_ds.watchdog import Watchdog, out_of_memory, watch
+
+if TYPE_CHECKING:
+    from slap_ds.comm import Comm
 
 
 def add(commands: Commands) -> None:
@@ -28,26 +39,61 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.config import read_config
 
     config = read_config(options.config, rest)
-    from slap_ds.engine import stop_ranks
-    from slap_ds.run import RankError, dry_run, prepare
-    from slap_ds.trainer import train
+    from slap_ds.comm import Comm
+    from slap_ds.engine import start_ranks, stop_ranks
+    from slap_ds.run import dry_run, prepare
+    from slap_ds.trainer import Preempted, train
 
     if options.dry_run:
         console = Console()
         for name, value in dry_run(config).items():
             console.print(f"{name:>22}  {value}", highlight=False)
         return
-    run = prepare(config)
-    try:
-        train(run)
-    except ValueError as error:
-        raise RankError(f"step {run.step}: {error}") from error
-    except Exception as error:
-        blame = run.comm.blame(error)
-        if blame is not None:
-            leave(f"step {run.step}: {blame}")
-        raise
-    stop_ranks(run.comm)
+    place = discover(os.environ)
+    nested = place.launcher == "deepspeed"
+    timeout_s = config.engine.stop_timeout_s
+    with watch(Path(config.run_dir), place.rank, place.world, timeout_s, nested) as dog:
+        code, comm = DONE, Comm()
+        try:
+            comm = start_ranks(config, dog)
+            train(prepare(config, comm))
+        except Preempted as error:
+            code = PREEMPTED
+            if place.rank == 0:
+                print(dog.line(f"{dog.stop_cause or 'asked on another rank'}: {error}", "stopped"))
+        except Exception as error:
+            _fail(dog, comm, error)
+        dog.record(code, dog.stop_cause)
+        stop_ranks(comm, code)
+    if code:
+        sys.exit(code)
+
+
+def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
+    """End this rank with a line that names rank, step and cause; a traceback if it is our fault."""
+    from slap_ds.engine import RankError
+    from slap_ds.run import OtherRankFailed
+
+    alone = comm.world == 1
+    if isinstance(error, OtherRankFailed):
+        dog.end(USER_ERROR, str(error))
+    if isinstance(error, (ValueError, FileNotFoundError, RankError)):
+        dog.record(USER_ERROR, str(error))
+        if alone or dog.heart.step < 0:
+            raise error
+        dog.end(USER_ERROR, str(error), dog.line(str(error)))
+    if (blame := comm.blame(error)) is not None:
+        dog.end(LOST_PEER, blame, dog.line(blame))
+    traceback.print_exception(error)
+    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    code = FAILED
+    if (memory := out_of_memory(error)) is not None:
+        code, text = NO_MEMORY, memory
+    dog.record(code, text)
+    print(dog.line(text), file=sys.stderr, flush=True)
+    if alone:
+        sys.exit(code)
+    dog.end(code, text)
 
 
 def _preview(options: argparse.Namespace, rest: list[str]) -> None:

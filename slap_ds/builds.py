@@ -1,0 +1,63 @@
+"""The folder in which DeepSpeed compiles its operators, and the locks that killed builds leave.
+
+torch waits for such a lock for ever, without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+# torch holds the lock for about a second where there is nothing to compile.
+_PATIENCE_S = 10.0
+
+
+def locks(environ: Mapping[str, str]) -> tuple[Path, list[Path]]:
+    """The extension cache, and the locks in it."""
+    default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    folder = Path(environ.get("TORCH_EXTENSIONS_DIR") or default)
+    return folder, sorted(folder.glob("**/lock")) if folder.is_dir() else []
+
+
+def refuse_stale_locks(environ: Mapping[str, str], patience_s: float = _PATIENCE_S) -> None:
+    """Wait while builds come and go; a lock under which nothing is built here is an error.
+
+    Raises:
+        ValueError: a lock has been there for `patience_s`, and no process of this machine works
+            in its folder.
+    """
+    since: dict[tuple[Path, float], float] = {}
+    while found := _stamps(locks(environ)[1]):
+        now = time.monotonic()
+        for lock in found:
+            if lock not in since or _is_building(lock[0].parent):
+                since[lock] = now
+            elif now - since[lock] > patience_s:
+                raise ValueError(
+                    f"{lock[0]} is {time.time() - lock[1]:.0f} s old and no process of this "
+                    "machine builds there: a build was killed, and every start would wait for "
+                    "ever; remove the file (builds of other machines: give each its own "
+                    "TORCH_EXTENSIONS_DIR)"
+                )
+        time.sleep(0.2)
+
+
+def _stamps(found: list[Path]) -> list[tuple[Path, float]]:
+    stamps = []
+    for lock in found:
+        with contextlib.suppress(FileNotFoundError):
+            stamps.append((lock, lock.stat().st_mtime))
+    return stamps
+
+
+def _is_building(folder: Path) -> bool:
+    """Whether a process has `folder` as its working directory, as compilers and ninja do."""
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if os.path.samefile(process / "cwd", folder):
+                    return True
+    return False
