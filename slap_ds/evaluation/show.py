@@ -1,0 +1,42 @@
+"""eval.json as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """Losses and metrics per task and source."""
+    loss, answers = result["loss"], result["answers"]
+    table = Table(title="loss, nats per response token")
+    for name in ("", "loss", "samples", "response tokens"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = [("all", loss["all"])]
+    rows += [(name or "no task", entry) for name, entry in loss["by_task"].items()]
+    rows += [(f"  {name}", entry) for name, entry in loss["by_source"].items()]
+    rows += [(f"dialogue, turn {n}", entry) for n, entry in loss["dialogue_by_turn"].items()]
+    for name, entry in rows:
+        shown = "-" if entry["loss"] is None else f"{entry['loss']:.4f}"
+        table.add_row(name, shown, str(entry["samples"]), str(entry["response_tokens"]))
+    console.print(table)
+    if not answers["predictions"]:
+        return
+    table = Table(title=f"{answers['predictions']} greedy answers")
+    for name in ("", "answers", "stopped", "metrics (count where it is not all)"):
+        table.add_column(name, justify="left" if not name or "metric" in name else "right")
+    for group in ("by_task", "by_source"):
+        for name, entry in answers[group].items():
+            metrics = ", ".join(
+                f"{metric} {found['value']:.4g}"
+                + (f" ({found['count']})" if found["count"] != entry["count"] else "")
+                for metric, found in entry["metrics"].items()
+            )
+            label = f"  {name}" if group == "by_source" else name or "no task"
+            table.add_row(label, str(entry["count"]), f"{entry['stopped']:.0%}", metrics)
+    console.print(table)
+    if answers["too_long"]:
+        console.print(f"{answers['too_long']} rows were not answered: their prompts are too long")
