@@ -29,7 +29,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slap_ds.builds import refuse_stale_locks
-from slap_ds.builds import refuse_stale_locks
 from slap_ds.comm import Comm
 from slap_ds.config import Config
 from slap_ds.data.packing import PackedRow
@@ -46,20 +45,12 @@ from slap_ds.models.load import load_model
 from slap_ds.models.lora import add_adapter
 from slap_ds.models.reuse import BlockInputs, find_blocks, install
 from slap_ds.peers import Heart
-from slap_ds.peers import Heart
 from slap_ds.scoring import HeadScores, Scores, Tail, Wants, collect, tail_parameters
-from slap_ds.watchdog import Watchdog
 from slap_ds.tensor_files import TensorWriter, read_tensors
+from slap_ds.watchdog import Watchdog
 from slap_ds.whole_state import Key, WholeState, open_whole
 
 MOMENTS: tuple[Key, Key] = ("exp_avg", "exp_avg_sq")
-
-# How much longer torch waits than the watchdog, seconds.
-_MARGIN_S = 3.0
-
-
-class RankError(RuntimeError):
-    """A mistake or fault that this rank has seen and others perhaps not, so this one reports it."""
 
 # How much longer torch waits than the watchdog, seconds.
 _MARGIN_S = 3.0
@@ -132,13 +123,11 @@ class Engine(ABC):
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, row in enumerate(rows):
             self.heart.beat("training a row")
-            self.heart.beat("training a row")
             with watch("forward"):
                 part = self._forward(row.to(self.device), "train", None)
             loss += part.detach()
             with watch("backward"):
                 self._backward(part, total_weight, last=i == len(rows) - 1)
-        self.heart.beat("optimizer step")
         self.heart.beat("optimizer step")
         with watch("optimizer"):
             grad_norm = self._step()
@@ -583,7 +572,7 @@ def logged_collectives() -> Iterator[dict[str, tuple[int, int]]]:
         return
     from deepspeed import comm as ds_comm
 
-    log = ds_comm.comm.comms_logger
+    log: Any = ds_comm.comm.comms_logger
     ds_comm.configure(enabled=True, prof_all=True, verbose=False)
     log.comms_dict.clear()
     try:

@@ -20,7 +20,6 @@ from slap_ds.config import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.data.packing import PackedRow, Positions, deal
 from slap_ds.engine import limit_waiting
-from slap_ds.engine import limit_waiting
 from slap_ds.evaluation.loss import evaluate_loss
 from slap_ds.metrics import JsonLines, Stopwatch, loss_spread
 from slap_ds.models.causal import block_flops, head_flops
@@ -31,10 +30,6 @@ from slap_ds.selection import ScoredBatch, Selection, select, select_balanced
 from slap_ds.selection.k_center import KCenter
 from slap_ds.selection.sharded import Shard, hold
 from slap_ds.selection.slap import Slap
-
-
-class Preempted(Exception):
-    """Somebody asked for an early end: the checkpoint is written, and all ranks leave."""
 
 
 class Preempted(Exception):
