@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import describe
+from slap_ds.bench.environment import describe
 from memory import peak_bytes
 
 from slap_ds.config import ScoringConfig

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
+from slap_ds.bench.environment import describe
 
 from slap_ds.config import Config
 from slap_ds.data.batch import CandidateBatch

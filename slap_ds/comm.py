@@ -208,6 +208,19 @@ class Comm:
         self._count(phase, bits)
         return bits.to(rows.device).view(torch.float32)
 
+    def time_all_reduce(self, size: int, repeats: int) -> list[float]:
+        """Seconds of each of `repeats` all-reduces of `size` bytes, after two that do not count."""
+        data = torch.zeros(size // 4, device=self.device)
+        took = []
+        for _ in range(repeats + 2):
+            start = time.perf_counter()
+            if self.world > 1:
+                dist.all_reduce(data)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            took.append(time.perf_counter() - start)
+        return took[2:]
+
     def _all_gather(self, mine: Tensor, phase: str) -> Tensor:
         """(n,) -> (world, n), on the CPU for CPU tensors and on `device` otherwise."""
         if self.world == 1:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from slap_ds import __version__
-from slap_ds.cli import cluster, evaluation, evidence, models, training
+from slap_ds.cli import bench, cluster, evaluation, evidence, models, training
 from slap_ds.cli.common import fail
 
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"slap-ds {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for room in (training, models, evaluation, evidence, cluster):
+    for room in (training, models, evaluation, evidence, cluster, bench):
         room.add(commands)
     return parser
 

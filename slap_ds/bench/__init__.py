@@ -1,0 +1,1 @@
+"""`slap-ds bench`: what this machine, or these machines, reach."""

@@ -1,0 +1,254 @@
+"""`slap-ds bench`: its numbers, computed again from metrics.jsonl and by an outside clock."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slap_ds import cli
+from slap_ds.bench import nodes
+from slap_ds.bench.peak import measured_peak, peak_of
+from slap_ds.bench.random_data import RandomStore, random_inputs
+from slap_ds.bench.throughput import Data, throughput
+from slap_ds.config import write_config
+from slap_ds.metrics import read_lines
+from tests.ranks import run_ranks
+from tests.recipes import tiny_config, tiny_model
+
+STEPS, WARMUP = 3, 1
+PEAK = 1e12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def config(model, folder, **sections):
+    sections = {"model": {"gradient_checkpointing": True}, **sections}
+    return tiny_config(model, folder / "run", data={"eval": []}, **sections)
+
+
+def measure_work(settings, data, values):
+    start = time.perf_counter()
+    run, points = throughput(
+        settings, STEPS, WARMUP, data, "keep" if values else None, values, PEAK
+    )
+    return points, time.perf_counter() - start, str(run.run_dir)
+
+
+def measured(settings, world, data, values=()):
+    """Rank 0's points; seconds of the whole call; the records of each point."""
+    results = run_ranks(measure_work, world, settings, data, values)
+    points, outside_s, run_dir = results[0]
+    for other, _, _ in results:
+        for mine, theirs in zip(points, other, strict=True):
+            assert mine["candidate_tokens_per_s"] == theirs["candidate_tokens_per_s"]
+            assert mine["mfu"] == theirs["mfu"]
+    lines = read_lines(Path(run_dir) / "metrics.jsonl")
+    records = [
+        [line for line in lines if point["steps"][0] <= line["step"] <= point["steps"][1]]
+        for point in points
+    ]
+    assert [len(each) for each in records] == [STEPS] * len(points)
+    return points, outside_s, records
+
+
+def check(point, records, outside_s):
+    """A point against sums over its lines of metrics.jsonl."""
+    step_s = sum(line["step_s"] for line in records)
+    for key, rate in {
+        "candidate_tokens": "candidate_tokens_per_s",
+        "trained_tokens": "trained_tokens_per_s",
+        "candidates": "candidates_per_s",
+        "picked": "trained_samples_per_s",
+        "flops": "flops_per_s",
+    }.items():
+        whole = sum(line[key] for line in records)
+        assert point[rate] == pytest.approx(whole / step_s, rel=0.05), key
+        # The wall clock of the loop holds its steps and lies inside the clock around everything.
+        assert whole / outside_s < point[rate] <= whole / step_s, key
+    assert point["wall_s"] == pytest.approx(step_s, rel=0.05)
+    selection = sum(line["selection_s"] for line in records)
+    assert point["selection_share"] == pytest.approx(selection / step_s, rel=0.05)
+    for phase, seconds in point["phase_s"].items():
+        assert seconds * STEPS == pytest.approx(sum(line[f"{phase}_s"] for line in records))
+    sent = sum(line["bytes_sent"] for line in records) / STEPS
+    # The two barriers of the benchmark and the exchanges that end a step are not in bytes_sent.
+    ours = sum(each["bytes"] for each in point["collectives"].values())
+    assert sent <= ours <= sent + 200
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rates_agree_with_the_metrics_of_the_run(world, model, tmp_path):
+    # Enough work for a step that what happens around it is small beside it.
+    settings = config(model, tmp_path, batch={"candidates": 48})
+    data = Data(mean_tokens=96, spread=0.4, response_share=0.3)
+    (point,), outside_s, (records,) = measured(settings, world, data)
+    check(point, records, outside_s)
+    assert point["ranks"] == world
+    assert point["forward"] == "reuse"
+    theirs = point["deepspeed_collectives"]
+    assert (sum(each["bytes"] for each in theirs.values()) > 0) == (world > 1 or bool(theirs))
+    if world == 2:
+        # Every candidate's score crosses once: loss, position, tokens and a sketch of 32 floats.
+        assert point["collectives"]["gather"]["bytes"] >= 48 / 2 * (20 + 4 * 32)
+        assert point["collectives"]["gather"]["calls"] == 1
+
+
+def test_utilisation_by_hand(model, tmp_path):
+    """Equal samples and nothing pruned: 3 forwards are needed, 4 run with checkpointing."""
+    settings = config(model, tmp_path, selection={"keep": 1.0})
+    (point,), _, _ = measured(settings, 1, Data(mean_tokens=64, response_share=0.5))
+    width, layers, vocab, length, n = 32, 2, 2048, 64, 16
+    block = 4 * width * width + 3 * width * 64 + 2 * width  # attention, MLP, two norms
+    forward = 2 * (layers * block + width) * length + 2 * layers * width * length**2
+    head = 2 * vocab * width * 32
+    needed = n * 3 * (forward + head) * STEPS / point["wall_s"]
+    assert point["mfu"] == pytest.approx(needed / PEAK, rel=1e-6)
+    run = n * (4 * forward + 3 * head) * STEPS / point["wall_s"]
+    assert point["hfu"] == pytest.approx(run / PEAK, rel=1e-6)
+
+
+def test_a_sweep_measures_each_value(model, tmp_path):
+    settings = config(model, tmp_path)
+    points, outside_s, records = measured(settings, 1, Data(mean_tokens=96), (1.0, 0.5))
+    assert [point["value"] for point in points] == [1.0, 0.5]
+    for point, lines in zip(points, records, strict=True):
+        check(point, lines, outside_s)
+        share = point["trained_tokens_per_s"] / point["candidate_tokens_per_s"]
+        assert share == pytest.approx(point["value"])
+
+
+def test_random_samples_follow_their_distribution(model, tmp_path):
+    store = RandomStore(4000, 50, 200, 0.5, 0.25, 4096, 7)
+    assert store.lengths.mean() == pytest.approx(200, rel=0.03)
+    assert store.trained_tokens.sum() / store.lengths.sum() == pytest.approx(0.25, rel=0.02)
+    again = RandomStore(4000, 50, 200, 0.5, 0.25, 4096, 7)
+    for i in (0, 17, 3999):
+        sample = store[i]
+        assert sample.ids.tolist() == again[i].ids.tolist()
+        assert len(sample.ids) == store.lengths[i]
+        assert sample.mask.sum() == store.trained_tokens[i]
+        assert 0 <= sample.ids.min() <= sample.ids.max() < 50
+    assert set(RandomStore(9, 50, 30, 0.0, 0.5, 64, 0).lengths) == {30}
+    with pytest.raises(ValueError, match=r"expected 2 to data.max_tokens, 256"):
+        random_inputs(config(model, tmp_path), 257, 0, 0.5)
+
+
+def test_peaks_by_name():
+    assert peak_of("NVIDIA H100 80GB HBM3", "bfloat16")[0] == 989e12
+    assert peak_of("NVIDIA H100 PCIe", "bfloat16")[0] == 756e12
+    assert peak_of("NVIDIA A100-SXM4-80GB", "float32")[0] == 19.5e12
+    assert peak_of("NVIDIA A10", "bfloat16")[0] == 125e12
+    assert peak_of("NVIDIA L40S", "bfloat16")[0] == 362e12
+    assert peak_of("NVIDIA GH200 480GB", "bfloat16")[0] == 989e12
+    for name in ("Tesla V100-SXM2-32GB", "Some A1000"):
+        peak, why = peak_of(name, "bfloat16")
+        assert peak is None
+        assert "--peak-flops" in why
+    assert 1e8 < measured_peak("float32") < 1e14
+
+
+def test_the_command_writes_json_table_and_plot(model, tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    write_config(config(model, tmp_path), path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, "-m", "slap_ds", "bench", "throughput", str(path)]
+    command += ["--steps", "2", "--warmup", "1", "--data", "config", "--engine.kind", "torch"]
+    command += ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    (point,) = result["points"]
+    assert result["environment"]["torch"]
+    assert f"{point['candidate_tokens_per_s']:,.0f}" in done.stdout
+    assert "matrix products of this run" in done.stdout
+    assert 0 < point["mfu"] < point["hfu"] < 1.5
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+LAUNCHER = """#!{python}
+import json, pathlib, sys
+n, arguments = sys.argv[1], sys.argv[2:]
+if n == "3":
+    sys.exit(7)
+out = pathlib.Path(arguments[arguments.index("--json") + 1])
+point = {{"ranks": int(n), "arguments": arguments, "sweep": None, "value": None}}
+out.write_text(json.dumps({{"points": [point]}}))
+"""
+
+
+def test_a_sweep_over_nodes_starts_the_launcher_for_each(tmp_path):
+    launcher = tmp_path / "launcher"
+    launcher.write_text(LAUNCHER.format(python=sys.executable))
+    launcher.chmod(0o755)
+    points = nodes.sweep_nodes([1, 2], f"{launcher} {{n}}", None, ["bench", "a b"])
+    assert [(p["sweep"], p["value"], p["ranks"]) for p in points] == [
+        ("nodes", 1, 1),
+        ("nodes", 2, 2),
+    ]
+    assert points[1]["arguments"][:2] == ["bench", "a b"]
+    with pytest.raises(ValueError, match="3 nodes: the launch ended with 7"):
+        nodes.sweep_nodes([3], f"{launcher} {{n}}", None, [])
+    with pytest.raises(ValueError, match=r"expected \{n\}"):
+        nodes.sweep_nodes([1], "deepspeed", None, [])
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    with pytest.raises(ValueError, match=r"asks for 4 nodes, .*hosts has 2"):
+        nodes.sweep_nodes([1, 4], None, str(tmp_path / "hosts"), [])
+    assert nodes.default_launcher("h s").endswith(
+        "--hostfile 'h s' --num_nodes {n} --module slap_ds"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sweep", "keep"], "go together"),
+        (["--hostfile", "hosts"], "are for --sweep nodes"),
+        (["--sweep", "nodes", "--values", "1.5"], "expected whole numbers"),
+        (["--sweep", "keep", "--values", "1.5"], "less than or equal to 1"),
+        (["--steps", "0"], "expected at least 1 of each"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, model, tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "run.yaml"
+    write_config(config(model, tmp_path, engine={"kind": "torch"}), path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "throughput", str(path), *arguments])
+    assert stop.value.code == 1
+    assert words in capsys.readouterr().err
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_network_between_two_ranks(tmp_path):
+    port, out = free_port(), tmp_path / "network.json"
+    command = [sys.executable, "-m", "slap_ds", "bench", "network", "--mib", "4"]
+    jobs = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        environ = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
+        environ |= {name: str(value) for name, value in place.items()}
+        more = ["--json", str(out)] if rank == 0 else []
+        jobs.append(subprocess.Popen([*command, *more], env=environ, cwd=Path(__file__).parents[2]))
+    assert [job.wait(200) for job in jobs] == [0, 0]
+    result = json.loads(out.read_text())
+    assert (result["ranks"], result["hosts"], result["message_bytes"]) == (2, 1, 4 * 2**20)
+    assert 0 < result["latency_s"] < result["all_reduce_s"]
+    expected = result["message_bytes"] / result["all_reduce_s"]  # 2 (n - 1) / n is 1 for two
+    assert result["bus_bytes_per_s"] == pytest.approx(expected)
