@@ -148,8 +148,7 @@ class Saver:
     def _prepare(self, temporary: Path, engine: Engine, state: Mapping[str, Any]) -> str:
         text = strict_json.dumps(state)
         self.root.mkdir(parents=True, exist_ok=True)
-        for left in self.root.glob(".tmp-*"):
-            shutil.rmtree(left)
+        self._sweep()
         found = find(self.run_dir)
         need = engine.state_bytes()
         if found:
@@ -213,9 +212,16 @@ class Saver:
             gone = old.folder.with_name(f".tmp-{old.folder.name}")
             os.rename(old.folder, gone)
             shutil.rmtree(gone)
-        for left in self.root.glob(".tmp-*"):
-            shutil.rmtree(left)
+        self._sweep()
         return final.name
+
+    def _sweep(self) -> None:
+        """Remove what a save left that was killed at any moment: folders, and a half-made hint."""
+        for left in self.root.glob(".tmp-*"):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
     def _together(self, step: int, phase: str, work: Callable[[], str]) -> str:
         """Run `work` on rank 0; every rank raises if it failed there."""

@@ -366,8 +366,9 @@ class DeepSpeedEngine(Engine):
                 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
                 for flat in optimizer.single_partition_of_fp32_groups:
-                    moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-                    optimizer.optimizer.state[flat] = {"step": torch.tensor(whole.step), **moments}
+                    made: dict[str, Tensor] = {"step": torch.tensor(whole.step)}
+                    made |= {key: torch.zeros_like(flat) for key in MOMENTS}
+                    optimizer.optimizer.state[flat] = made
                 optimizer._lazy_init_hp_params_optimizer_state()
                 for parameter in trainable(self.model):
                     name = names[parameter]

@@ -100,18 +100,20 @@ def write_tensors(state: Any, path: Path) -> FileFact:
     Raises:
         OSError: the file cannot be written, naming it.
     """
-    with path.open("wb") as file:
-        hashed = _Hashed(file)
-        try:
+    hashed = _Hashed()
+    try:
+        with path.open("wb") as file:
+            hashed.file = file
             torch.save(state, cast("IO[bytes]", hashed))
-        except Exception as error:
-            # torch reports a failed write in words of its own, without the reason.
-            if hashed.error is None:
-                raise
-            hashed.error.filename = str(path)
-            raise hashed.error from error
-        file.flush()
-        os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception as error:
+        # torch reports a failed write in words of its own, without the reason.
+        reason = error if isinstance(error, OSError) else hashed.error
+        if reason is None:
+            raise
+        reason.filename = str(path)
+        raise reason from None
     return FileFact(hashed.bytes, hashed.digest.hexdigest())
 
 
@@ -184,8 +186,8 @@ def to_host(state: Any) -> Any:
 class _Hashed:
     """A binary file that hashes what goes through it and keeps the error that stopped it."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
+    def __init__(self) -> None:
+        self.file: Any = None
         self.digest = hashlib.sha256()
         self.bytes = 0
         self.error: OSError | None = None

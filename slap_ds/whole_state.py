@@ -84,7 +84,7 @@ def open_whole(folder: Path) -> WholeState:
 
     def tensor(name: str, key: Key) -> Tensor:
         shape, take = spans[aliases.get(name, name) if name not in spans else name]
-        flat = torch.cat([piece.flatten() for piece in take(key)]).float()
+        flat = torch.cat([piece.detach().flatten() for piece in take(key)]).float()
         return flat[: math.prod(shape)].view(shape)
 
     steps = [entry["step"] for entry in _moments(parts[0]).values() if "step" in entry]
