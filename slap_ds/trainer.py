@@ -307,7 +307,7 @@ def _slowest(lags: list[float]) -> dict[str, float]:
 def _flops(
     run: Run, batch: CandidateBatch, picks: Positions, scored: bool, reuse: bool
 ) -> dict[str, float]:
-    """Analytic FLOPs of the step over all ranks, scoring apart."""
+    """Analytic FLOPs of the step over all ranks, scoring apart; and those of training all."""
     config, parameters = run.inputs.model_config, run.engine.parameters
     scoring = 0.0
     if scored:
@@ -317,10 +317,17 @@ def _flops(
     # Backward is two forwards, checkpointing recomputes one; with reuse the first is scoring's.
     # Frozen weights have no gradient, which is half of the backward.
     frozen = run.config.model.lora is not None
-    passes = (2 if reuse else 3) + run.config.model.gradient_checkpointing - frozen
-    training = passes * block_flops(config, parameters, batch.lengths[picks].tolist())
-    training += (3 - frozen) * head_flops(config, int(batch.response_tokens[picks].sum()))
-    return {"flops": scoring + training, "scoring_flops": scoring}
+    passes = 3 + run.config.model.gradient_checkpointing - frozen
+
+    def training(passes: int, samples: Positions) -> float:
+        blocks = passes * block_flops(config, parameters, batch.lengths[samples].tolist())
+        return blocks + (3 - frozen) * head_flops(config, int(batch.response_tokens[samples].sum()))
+
+    return {
+        "flops": scoring + training(passes - reuse, picks),
+        "scoring_flops": scoring,
+        "full_flops": training(passes, np.arange(len(batch))),
+    }
 
 
 def _evaluate(run: Run, step: int) -> dict[str, Any]:
