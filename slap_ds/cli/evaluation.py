@@ -1,4 +1,4 @@
-"""eval: what a model has learnt."""
+"""eval, curate: what a model has learnt, and what is worth learning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from slap_ds.cli.common import Commands
+from slap_ds.cli.common import OVERRIDES, Commands
 
 
 def add(commands: Commands) -> None:
@@ -23,6 +23,15 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--max-tokens", type=_positive, help="longest row (default: the run's)")
     evaluate.add_argument("--dtype", choices=["float32", "bfloat16"])
     evaluate.set_defaults(run=_evaluate)
+
+    curate = commands.add_parser(
+        "curate", help="write the rows that a selection keeps, with their scores", epilog=OVERRIDES
+    )
+    curate.add_argument("config")
+    curate.add_argument("--out", required=True, help="a .jsonl or .jsonl.gz file")
+    curate.add_argument("--keep", type=float, help="share to keep (default selection.keep)")
+    curate.add_argument("--run", dest="run_dir", help="what this run has picked; nothing is scored")
+    curate.set_defaults(run=_curate, takes_overrides=True)
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
@@ -42,6 +51,29 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
         result, out = evaluate(subject, limits), subject.out
     show(result, Console())
     print(f"wrote {out / 'eval.json'} and {out / 'predictions.jsonl'}")
+
+
+def _curate(options: argparse.Namespace, rest: list[str]) -> None:
+    from slap_ds.config import read_config
+
+    if options.keep is not None:
+        if not 0 < options.keep <= 1:
+            raise ValueError(f"--keep is {options.keep:g}, expected a share in (0, 1]")
+        rest = [*rest, "--selection.keep", str(options.keep)]
+    config = read_config(options.config, rest)
+    from slap_ds.curate import curate, curate_run
+    from slap_ds.engine import start_ranks, stop_ranks
+
+    out, comm, counts = Path(options.out), None, None
+    if options.run_dir:
+        counts = curate_run(config, Path(options.run_dir), out, options.keep)
+    else:
+        comm = start_ranks(config)
+        counts = curate(config, out, comm)
+    if counts is not None:
+        print(f"wrote {counts[0]} of {counts[1]} samples to {out}")
+    if comm is not None:
+        stop_ranks(comm)
 
 
 def _count(text: str) -> int:

@@ -1,0 +1,236 @@
+"""The part of the training data that a selection keeps, as a data set for other trainers.
+
+config's model -> train_step without the training, once over all candidates -> picks, losses
+or a run's picks.jsonl                                                       -> times picked
+sources, read again -> the kept rows as they were, with a field `slap` -> FILE
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from slap_ds.comm import Comm
+from slap_ds.config import Config
+from slap_ds.data.batch import CandidateBatch
+from slap_ds.data.reread import reread
+from slap_ds.data.store import POSITION_BITS, TokenStore
+from slap_ds.data.templates import make_template
+from slap_ds.engine import TrainStats
+from slap_ds.evaluation.pass_ import sum_pass
+from slap_ds.metrics import read_lines
+from slap_ds.run import Inputs, Run, prepare, read_inputs
+from slap_ds.scoring import Scorer
+from slap_ds.selection import ScoredBatch
+from slap_ds.selection.strata import assign_strata
+from slap_ds.trainer import train_step
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+Kept = dict[int, dict[str, Any]]  # position in the store -> what `slap` says of the row
+
+
+def curate(config: Config, out: Path, comm: Comm) -> tuple[int, int] | None:
+    """Score all training data once with the config's model and write what its selection keeps.
+
+    Candidate batches, scorer and selector are those of a run, with as many candidates a step;
+    warm-up and cool-down do not count. All ranks call this. `slap` holds sample_id, loss (nats per
+    response token), picked (1), weight, and with method slap the stratum within its batch.
+
+    Returns: rows written and samples there were; None on all ranks but 0.
+
+    Raises:
+        ValueError: another kind of file is asked for, or what a run with this config raises.
+    """
+    check_name(out)
+    scratch = out.with_name(f".{out.name}.run")
+    try:
+        run = prepare(_once_over(config, scratch), comm)
+        kept = _picked(run)
+        try:
+            if comm.rank != 0:
+                return None
+            return _write(run.config, run.inputs, kept, out), len(run.inputs.train)
+        finally:
+            comm.barrier(run.step, "the curated data")
+    finally:
+        if comm.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def curate_run(
+    config: Config, run_dir: Path, out: Path, keep: float | None = None
+) -> tuple[int, int]:
+    """Write the rows that a run has picked: all of them, or the share `keep` of all samples that
+    it picked most often (of equal counts, those it picked last).
+
+    `slap` holds sample_id, picked (how many times) and weight (the last one). One process.
+
+    Returns: rows written and samples there were.
+
+    Raises:
+        FileNotFoundError: the run has no picks.jsonl.
+        ValueError: the picks are not of the config's training data.
+    """
+    check_name(out)
+    path = run_dir / "picks.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(run_dir)!r} is no run with picks: it has no picks.jsonl")
+    scratch = out.with_name(f".{out.name}.run")
+    try:
+        inputs = read_inputs(config.model_copy(update={"run_dir": str(scratch)}))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    store = inputs.train
+    kept: Kept = {}
+    last: dict[int, int] = {}
+    for number, record in enumerate(read_lines(path)):
+        for sample_id, weight in zip(record["ids"], record["weights"], strict=True):
+            position = _position(store, sample_id, path)
+            slap = kept.setdefault(position, {"sample_id": sample_id, "picked": 0})
+            slap["picked"] += 1
+            slap["weight"] = weight
+            last[position] = number
+    if not kept:
+        raise ValueError(f"{path} holds no picks yet")
+    if keep is not None:
+        order = sorted(kept, key=lambda p: (-kept[p]["picked"], -last[p], p))
+        kept = {p: kept[p] for p in order[: max(1, round(keep * len(store)))]}
+    return _write(config, inputs, kept, out), len(store)
+
+
+def check_name(out: Path) -> None:
+    """Raise ValueError unless the file's name says JSONL."""
+    if not out.name.endswith(SUFFIXES):
+        raise ValueError(f"{out}: expected a file that ends in {' or '.join(SUFFIXES)}")
+
+
+def _once_over(config: Config, scratch: Path) -> Config:
+    raw = config.model_dump(mode="json")
+    raw |= {"run_dir": str(scratch), "steps": None, "epochs": 1}
+    raw["selection"] |= {"warmup": 0, "cooldown": 0}
+    raw["step"] |= {"forward": "separate", "balance": "deal"}
+    return Config.model_validate(raw)
+
+
+class _Watched(Scorer):
+    """A scorer that keeps what it gave to the selector last."""
+
+    seen: ScoredBatch | None = None
+
+    def finish(self, *arguments: Any, **more: Any) -> ScoredBatch:
+        self.seen = super().finish(*arguments, **more)
+        return self.seen
+
+
+def _picked(run: Run) -> Kept:
+    """What the run's selection keeps of each candidate batch, on every rank."""
+    run.engine.train = lambda *_, **__: TrainStats(0.0, 0.0, {})  # type: ignore[method-assign]
+    scorer = run.scorer = _Watched(run.scorer.plan)
+    slap = run.config.selection
+    kept: Kept = {}
+    for step, indices in enumerate(run.stream):
+        run.step, scorer.seen = step, None
+        batch = CandidateBatch(run.inputs.train, indices)
+        selection, _ = train_step(run, step, batch)
+        strata = None
+        if scorer.seen is not None:
+            losses = scorer.seen.loss.double().cpu()
+            if slap.method == "slap":
+                strata = _strata(losses, slap.strata, slap.strata_by)
+        else:  # a method that looks at no scores
+            nats, tokens = sum_pass(
+                run.engine,
+                run.comm,
+                run.inputs.train,
+                indices,
+                run.config.score_row_tokens,
+                step,
+            )
+            losses = torch.from_numpy(nats / tokens)
+        for pick, weight in zip(selection.picks.tolist(), selection.weights.tolist(), strict=True):
+            loss = float(losses[pick])
+            kept[int(indices[pick])] = {
+                "sample_id": int(batch.sample_ids[pick]),
+                "loss": loss if math.isfinite(loss) else None,
+                "picked": 1,
+                "weight": weight,
+            } | ({} if strata is None else {"stratum": int(strata[pick])})
+    return kept
+
+
+def _strata(losses: torch.Tensor, strata: int, by: Any) -> torch.Tensor:
+    """(N,) the stratum of each candidate with a finite loss, as `Slap.select` assigns them."""
+    finite = torch.isfinite(losses)
+    found = torch.full((len(losses),), -1)
+    found[finite] = assign_strata(losses[finite], min(strata, int(finite.sum())), by)
+    return found
+
+
+def _position(store: TokenStore, sample_id: int, path: Path) -> int:
+    position: int = sample_id & ((1 << POSITION_BITS) - 1)
+    if position >= len(store) or int(store.sample_ids[position]) != sample_id:
+        raise ValueError(
+            f"{path} names sample {sample_id}, which the training data do not hold: they have "
+            "changed since the run, or the config is not the run's"
+        )
+    return position
+
+
+def _write(config: Config, inputs: Inputs, kept: Mapping[int, Any], out: Path) -> int:
+    data = config.data
+    origins = reread(
+        inputs.train,
+        data.train,
+        format=data.format,
+        template=make_template(data.template, inputs.tokenizer),
+        max_tokens=data.max_tokens,
+        over_length=data.over_length,
+    )
+    written = 0
+    with _replaced(out) as file:
+        for origin in origins:
+            if origin.position in kept:
+                file.write(_line(origin.row, kept[origin.position]) + "\n")
+                written += 1
+    assert written == len(kept)
+    return written
+
+
+def _line(row: Mapping[str, Any], slap: Mapping[str, Any]) -> str:
+    earlier = row.get("slap")
+    if earlier is not None and not (isinstance(earlier, dict) and "sample_id" in earlier):
+        raise ValueError(
+            "a row has a field 'slap' of its own, where the scores would go: rename it"
+        )
+    try:
+        return json.dumps({**row, "slap": slap}, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a row holds what JSON has no form for: {error}") from None
+
+
+@contextlib.contextmanager
+def _replaced(out: Path) -> Iterator[IO[str]]:
+    """A text file, gzipped by its suffix, that gets its name once it is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        with contextlib.ExitStack() as stack:
+            raw: Any = stack.enter_context(temporary.open("wb"))
+            if out.name.endswith(".gz"):
+                # Without name and time, so that equal rows give equal files.
+                raw = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+            yield stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"))
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
