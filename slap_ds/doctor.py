@@ -2,7 +2,8 @@
 
     examine(hostfile, run_dir) -> [Finding]     green: fine; yellow: works, but; red: will not work
 
-Nothing is started or changed; without arguments it looks at this machine alone.
+Nothing is started or changed, unless the network is to be measured: that starts one process on each
+host for some seconds. Without arguments it looks at this machine alone.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import random
 import re
 import resource
+import shlex
 import shutil
 import socket
 import subprocess
@@ -26,6 +29,7 @@ from typing import Literal
 import torch
 
 from slap_ds.builds import locks
+from slap_ds.interfaces import Interface
 from slap_ds.launch_env import discover, read_hostfile
 from slap_ds.ops import active_path
 
@@ -34,11 +38,18 @@ GIB = 2**30
 # A build of DeepSpeed's takes a minute or two; a lock this old has lost its owner.
 STALE_LOCK_S = 600
 SKEW_S = 5
-# What a host is asked over ssh: its clock, whether our Python is there, GPUs, cores.
+# Between nodes a 10 Gb/s port reaches this; whatever is slower is hardly the one that was meant.
+SLOW_BYTES_PER_S, SLOW_LATENCY_S = 1e9, 2e-3
+# What a host is asked over ssh: its clock, whether our Python is there, GPUs, cores, interfaces.
 _ASK = (
     "date +%s.%N; test -x {python} && echo yes || echo no; "
-    "nvidia-smi -L 2>/dev/null | wc -l; getconf _NPROCESSORS_ONLN"
+    "nvidia-smi -L 2>/dev/null | wc -l; getconf _NPROCESSORS_ONLN; "
+    "{variables} {python} -m slap_ds.interfaces 2>/dev/null || echo unknown"
 )
+_NETWORK_S = 45
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
+# What the processes of the network test need from here, beside NCCL's and gloo's variables.
+_PASSED = ("PATH", "LD_LIBRARY_PATH", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -51,14 +62,23 @@ class Finding:
 
 
 def examine(
-    hostfile: str | None = None, run_dir: str = ".", environ: Mapping[str, str] = os.environ
+    hostfile: str | None = None,
+    run_dir: str = ".",
+    environ: Mapping[str, str] = os.environ,
+    measure: bool = False,
 ) -> list[Finding]:
-    """All findings, in the order of the functions below."""
+    """All findings, in the order of the functions below.
+
+    Args:
+        measure: time an all-reduce between the hosts, if nothing else is red.
+    """
     found = [*versions(), *devices(), *operator(), *compiler()]
     found += [*disk(run_dir), *files(), *shared_memory(), *build_locks(environ)]
     found += [*launch(environ), *interfaces(environ), *master_port(environ)]
     if hostfile is not None:
-        found += hosts(hostfile)
+        found += hosts(hostfile, environ)
+        if measure and all(finding.level != "red" for finding in found):
+            found += network(hostfile, environ)
     return found
 
 
@@ -218,7 +238,7 @@ def master_port(environ: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("green", "port", f"{port} is free here")
 
 
-def hosts(hostfile: str) -> Iterator[Finding]:
+def hosts(hostfile: str, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """The host file, and every host in it over ssh."""
     try:
         slots = read_hostfile(hostfile)
@@ -232,35 +252,120 @@ def hosts(hostfile: str) -> Iterator[Finding]:
         yield Finding("red", "ssh", "not found: hosts cannot be reached")
         return
     with ThreadPoolExecutor(32) as pool:
-        yield from pool.map(_host, slots, slots.values())
+        asked = _ASK.format(python=sys.executable, variables=_assignments(_interfaces(environ)))
+        for finding, interfaces in pool.map(lambda n: _host(n, slots[n], asked), slots):
+            yield finding
+            if len(slots) > 1 and interfaces:
+                yield _choice(finding.name, json.loads(interfaces))
 
 
-def _host(name: str, slots: int) -> Finding:
-    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", name]
-    command.append(_ASK.format(python=sys.executable))
+def network(hostfile: str, environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Latency and bandwidth of an all-reduce over one rank of each host, started over ssh."""
+    names = list(read_hostfile(hostfile))
+    if len(names) == 1:
+        yield Finding("green", "bandwidth", "one host: there is no network to measure")
+        return
+    passed = {name: environ[name] for name in _PASSED if name in environ}
+    port = environ.get("MASTER_PORT") or str(random.randint(20000, 29999))
+    jobs = []
+    for rank, name in enumerate(names):
+        variables = {**passed, **_interfaces(environ), "RANK": str(rank), "LOCAL_RANK": "0"}
+        variables |= {"WORLD_SIZE": str(len(names)), "LOCAL_WORLD_SIZE": "1"}
+        variables |= {"MASTER_ADDR": names[0], "MASTER_PORT": port}
+        task = f"{shlex.quote(sys.executable)} -m slap_ds bench network --json - --timeout-s 30"
+        command = f"cd {shlex.quote(os.getcwd())} && {_assignments(variables)} {task}"
+        jobs.append(
+            subprocess.Popen(
+                [*_SSH, name, command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    failed, result, deadline = [], None, time.monotonic() + _NETWORK_S
+    for name, job in zip(names, jobs, strict=True):
+        try:
+            out, said = job.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            job.kill()
+            job.communicate()
+            failed.append(f"{name}: no answer in {_NETWORK_S} s")
+            continue
+        if job.returncode:
+            last = (said.strip().splitlines() or [f"exit code {job.returncode}"])[-1]
+            failed.append(f"{name}: {last[:300]}")
+        elif name == names[0]:
+            result = next((line for line in out.splitlines() if line.startswith("{")), None)
+    if failed or result is None:
+        text = f"an all-reduce over {len(names)} hosts failed: {'; '.join(failed) or 'no result'}"
+        yield Finding("red", "bandwidth", f"{text}; is port {port} blocked, or IFNAME wrong?")
+        return
+    told = json.loads(result)
+    speed, latency = told["bus_bytes_per_s"], told["latency_s"]
+    text = f"{speed / 1e9:.2f} GB/s, {latency * 1e6:.0f} us a small message ({told['device']})"
+    if speed < SLOW_BYTES_PER_S or latency > SLOW_LATENCY_S:
+        text += ": slower than a 10 Gb/s port; name the fast interface with IFNAME, if there is one"
+        yield Finding("yellow", "bandwidth", text)
+    else:
+        yield Finding("green", "bandwidth", text)
+
+
+def _interfaces(environ: Mapping[str, str]) -> dict[str, str]:
+    return {n: v for n, v in environ.items() if n.startswith(("NCCL_", "GLOO_"))}
+
+
+def _assignments(variables: Mapping[str, str]) -> str:
+    return "env " + " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+
+
+def _choice(host: str, told: dict[str, list[str] | None]) -> Finding:
+    """Whether the interface that the ranks of a host will take leads to other hosts."""
+    there = [Interface(*one) for one in told["there"] or []]
+    library = "nccl" if torch.cuda.is_available() else "gloo"
+    name = f"{host} network"
+    others = [f"{i.name} {i.address}" for i in there if not i.loopback and not i.virtual]
+    advice = f"export IFNAME, one of {', '.join(others)}" if others else "it has no other"
+    if told[library] is None:
+        return Finding("red", name, f"no interface of the name {library} was given: {advice}")
+    chosen = Interface(*told[library] or ())
+    text = f"{library} takes {chosen.name}, {chosen.address}"
+    if chosen.loopback:
+        text += f": no other host can reach that; {advice}, or correct its name in /etc/hosts"
+        return Finding("red", name, text)
+    if chosen.virtual:
+        return Finding("yellow", name, f"{text}: a network of containers on that host; {advice}")
+    return Finding("green", name, text)
+
+
+def _host(name: str, slots: int, asked: str) -> tuple[Finding, str]:
+    """What the host answered, and its interfaces as JSON; "": not told."""
+    command = [*_SSH, name, asked]
     before = time.time()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
-        return Finding("red", name, "unreachable: ssh gave no answer in 20 s")
+        return Finding("red", name, "unreachable: ssh gave no answer in 20 s"), ""
     after = time.time()
     answer = done.stdout.split()
     if done.returncode or len(answer) < 4:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Finding("red", name, f"unreachable by ssh without a password: {said}")
+        return Finding("red", name, f"unreachable by ssh without a password: {said}"), ""
     clock, python, gpus, cores = float(answer[0]), answer[1], int(answer[2]), int(answer[3])
     if python != "yes":
-        return Finding(
-            "red", name, f"no {sys.executable} there: the same path is needed everywhere"
-        )
+        text = f"no {sys.executable} there: the same path is needed everywhere"
+        return Finding("red", name, text), ""
+    interfaces = answer[4] if answer[4:] and answer[4] != "unknown" else ""
     room, what = (gpus, "GPUs") if gpus or torch.cuda.is_available() else (cores, "cores")
     if slots > room:
-        return Finding("red", name, f"slots={slots}, but {room} {what} there: lower slots")
+        text = f"slots={slots}, but {room} {what} there: lower slots"
+        return Finding("red", name, text), interfaces
     # The clock was read somewhere between the two times here.
     skew_s = max(before - clock, clock - after, 0.0)
     if skew_s > SKEW_S:
-        return Finding("yellow", name, f"its clock is {skew_s:.0f} s off: logs will not line up")
-    return Finding("green", name, f"{room} {what} for {slots} slots")
+        text = f"its clock is {skew_s:.0f} s off: logs will not line up"
+        return Finding("yellow", name, text), interfaces
+    return Finding("green", name, f"{room} {what} for {slots} slots"), interfaces
 
 
 def _numbers(version: str) -> list[int]:

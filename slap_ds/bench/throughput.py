@@ -84,6 +84,7 @@ def throughput(
     for value, changed in settings:
         point_run = replace(run, config=changed.model_copy(update=updates), totals={})
         point = _measure(point_run, steps, warmup, metrics, peak, source)
+        run.step = point_run.step
         points.append({"sweep": sweep, "value": value, **point})
     if metrics is not None:
         metrics.close()

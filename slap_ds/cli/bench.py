@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
     network = parts.add_parser("network", help="latency and bandwidth between the ranks")
     network.add_argument("--mib", type=float, default=64, help="of the large message (default 64)")
     network.add_argument("--timeout-s", type=float, default=60, help="to wait for other ranks")
-    network.add_argument("--json", help="write the result there")
+    network.add_argument("--json", help="write the result there; -: a line of the output")
     network.set_defaults(run=_network)
 
 
@@ -120,6 +120,8 @@ def _network(options: argparse.Namespace, rest: list[str]) -> None:
             f"{result['bus_bytes_per_s'] / 1e9:.2f} GB/s",
             flush=True,
         )
-        if options.json:
+        if options.json == "-":
+            print(json.dumps(result), flush=True)
+        elif options.json:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     stop_ranks(comm)

@@ -29,6 +29,9 @@ def add(commands: Commands) -> None:
     doctor = commands.add_parser("doctor", help="what this machine gives slap_ds")
     doctor.add_argument("--hostfile", help="check its hosts too, over ssh")
     doctor.add_argument("--run-dir", default=".", help="where the run will write (default: here)")
+    doctor.add_argument(
+        "--network", action="store_true", help="time an all-reduce between the hosts, too"
+    )
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
 
@@ -63,7 +66,7 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
 
     from slap_ds.doctor import examine, report
 
-    found = examine(options.hostfile, options.run_dir)
+    found = examine(options.hostfile, options.run_dir, measure=options.network)
     if options.json:
         print(report(found))
     else:

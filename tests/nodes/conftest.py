@@ -1,4 +1,7 @@
-"""Two machines, and the run on one of them that all the others must equal."""
+"""Four machines, and the runs on one of them that all the others must equal.
+
+Most tests use the first two.
+"""
 
 import os
 import random
@@ -24,7 +27,9 @@ class Lab:
     def __init__(self, cluster, folder):
         self.cluster, self.folder = cluster, folder
         self.model = tiny_model(folder / "model")
-        (folder / "hosts").write_text("".join(f"{node.name} slots=1\n" for node in cluster.nodes))
+        for count in (2, 4):
+            names = [f"{node.name} slots=1\n" for node in cluster.nodes[:count]]
+            (folder / f"hosts-{count}").write_text("".join(names))
 
     def config(self, name, **sections):
         settings = {"steps": STEPS, "model": {"gradient_checkpointing": True}, **sections}
@@ -44,7 +49,7 @@ class Lab:
                 "TORCH_EXTENSIONS_DIR", str(REPO / ".venv/torch_extensions")
             ),
             "SLAP_CACHE_DIR": str(self.folder / "cache"),
-            "HOSTFILE": str(self.folder / "hosts"),
+            "HOSTFILE": str(self.folder / "hosts-2"),
             "IFNAME": "eth0",
             "MASTER_PORT": str(random.randint(20000, 29000)),
             **variables,
@@ -55,15 +60,15 @@ class Lab:
         environ = self.environ(**variables)
         return self.cluster.nodes[node].start(command, environ, REPO, self.folder / log)
 
-    def start_torchrun(self, config, name):
+    def start_torchrun(self, config, name, nodes=2):
         """One torchrun on each node, its output in `NAME-RANK.log`."""
         port = self.environ()["MASTER_PORT"]
-        where = {"NNODES": "2", "GPUS": "1", "MASTER_ADDR": "node1", "MASTER_PORT": port}
+        where = {"NNODES": str(nodes), "GPUS": "1", "MASTER_ADDR": "node1", "MASTER_PORT": port}
         return [
             self.start(
                 rank, "torchrun.sh", config, f"{name}-{rank}.log", NODE_RANK=str(rank), **where
             )
-            for rank in range(2)
+            for rank in range(nodes)
         ]
 
     def wait(self, jobs, timeout_s=100):
@@ -95,7 +100,7 @@ def lab(tmp_path_factory):
     if reason is not None:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("cluster")
-    with Cluster(folder, 2) as cluster:
+    with Cluster(folder, 4) as cluster:
         yield Lab(cluster, folder)
     left = subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
     assert f"slap{os.getpid()}" not in left

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch inside a real Slurm allocation of two nodes, both of its ways."""
+"""launch/slurm.sbatch inside a real Slurm allocation of two nodes, all of its ways."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def environ(lab):
     return slurm.start(lab.cluster, lab.folder / "slurm", lab.environ())
 
 
-@pytest.mark.parametrize("starter", ["torchrun", "python"])
+@pytest.mark.parametrize("starter", ["torchrun", "python", "deepspeed"])
 def test_two_nodes_equal_one(starter, environ, lab, one_node):
     name = f"slurm-{starter}"
     # salloc runs the script with the variables sbatch would give it; these nodes have no GPUs.

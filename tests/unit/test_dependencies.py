@@ -26,7 +26,7 @@ BETWEEN = {
     "supervise": 6.5,
     "faults": 7.5,
 }
-LEAVES = {"builds", "config", "launch_env", "peers", "strict_json", "__init__"}
+LEAVES = {"builds", "config", "interfaces", "launch_env", "peers", "strict_json", "__init__"}
 
 
 def imports(path):

@@ -45,6 +45,8 @@ def judge(call):
 @pytest.fixture(autouse=True)
 def sound_machine(monkeypatch, tmp_path):
     """No faults but those a test plants."""
+    # The name of a container may have the loopback's address alone.
+    monkeypatch.setattr(doctor, "_choice", lambda host, told: doctor.Finding("green", host, ""))
     for name in list(os.environ):
         if name.startswith(("MASTER_", "NCCL_", "GLOO_", "SLURM_", "OMPI_", "PMI")):
             monkeypatch.delenv(name)
