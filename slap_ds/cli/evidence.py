@@ -1,4 +1,4 @@
-"""compare, study: what runs have shown."""
+"""compare, report, study: what runs have shown."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def add(commands: Commands) -> None:
     compare.add_argument("run_dirs", nargs="+")
     compare.set_defaults(run=_compare)
 
+    page = commands.add_parser("report", help="figures and tables of a run or study, as HTML")
+    page.add_argument("folder", help="a run's folder or a study's")
+    page.add_argument("--out", help="target folder (default FOLDER/report)")
+    page.set_defaults(run=_report)
+
     study = commands.add_parser("study", help="a grid of runs from one base model, with intervals")
     study.add_argument("study", help="YAML file; docs/studies.md says what it may hold")
     study.add_argument("--data", help="the folder that {data} stands for (default $SLAP_DATA_DIR)")
@@ -25,9 +30,15 @@ def add(commands: Commands) -> None:
 def _compare(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from slap_ds.report import compare
+    from slap_ds.report.compare import compare
 
     compare([Path(run_dir) for run_dir in options.run_dirs], Console())
+
+
+def _report(options: argparse.Namespace, rest: list[str]) -> None:
+    from slap_ds.report.build import report
+
+    print(f"wrote {report(Path(options.folder), Path(options.out) if options.out else None)}")
 
 
 def _study(options: argparse.Namespace, rest: list[str]) -> None:

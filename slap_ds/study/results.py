@@ -28,6 +28,7 @@ SUMS = {
     "response_tokens": "response_tokens",
     "flops": "flops",
     "scoring_flops": "scoring_flops",
+    "full_flops": "full_flops",
     "step_s": "step_s",
     "score_s": "score_s",
     "selection_s": "selection_s",

@@ -36,6 +36,7 @@ from slap_ds.study.pool import Failure, run_tasks
 from slap_ds.study.work import TimeTask, TrainTask, work, write_json
 
 PRELOAD = "slap_ds.study.work"
+STUDY_FILE = "study.json"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def run_study(study: Study, folder: Path, jobs: int, console: Console) -> Outcom
     configs = all_configs(study, cells, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
+        write_json(folder / STUDY_FILE, study.model_dump(mode="json"))
         data_key = ""
         if study.data is not None:
             made = write_data(study, folder)
@@ -80,20 +82,36 @@ def run_study(study: Study, folder: Path, jobs: int, console: Console) -> Outcom
         keys = [data_key, base_key]
         failed = _run_cells(configs, keys, jobs, console)
         matched = _match(study, folder, [c for c in cells if c.name not in failed], console)
-        more = _matched_cells(study, cells, matched)
-        configs = {cell: cell_config(study, cell, folder) for cell in more}
-        failed += _run_cells(configs, keys, jobs, console)
         (folder / "matched.json").write_text(
             json.dumps([asdict(m) for m in matched], indent=1) + "\n", "utf-8"
         )
+        more = _matched_cells(study, cells, matched)
+        configs = {cell: cell_config(study, cell, folder) for cell in more}
+        failed += _run_cells(configs, keys, jobs, console)
     return Outcome(cells + more, matched, failed)
 
 
-def read_matched(folder: Path) -> list[Matched]:
-    path = folder / "matched.json"
+def read_outcome(folder: Path) -> tuple[Study, Outcome]:
+    """The study in `folder`, finished or not, as far as its files tell.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = folder / STUDY_FILE
     if not path.is_file():
-        return []
-    return [Matched(**entry) for entry in json.loads(path.read_text("utf-8"))]
+        raise FileNotFoundError(f"{str(folder)!r} is no study: it has no {STUDY_FILE}")
+    study = Study.model_validate_json(path.read_text("utf-8"))
+    cells, matched = plan(study), []
+    if (folder / "matched.json").is_file():
+        entries = json.loads((folder / "matched.json").read_text("utf-8"))
+        matched = [Matched(**entry) for entry in entries]
+    cells += _matched_cells(study, cells, matched)
+    failed = [cell.name for cell in cells if (_place(folder, cell) / "error.txt").is_file()]
+    return study, Outcome(cells, matched, failed)
+
+
+def _place(folder: Path, cell: Cell) -> Path:
+    return folder / "cells" / cell.name
 
 
 def _train_base(study: Study, folder: Path, data_key: str, console: Console) -> str:
@@ -262,7 +280,7 @@ def _key(config: Config, more: list[str]) -> str:
 
 
 def _train_records(folder: Path, cell: Cell) -> list[dict[str, Any]]:
-    records = read_lines(folder / "cells" / cell.name / "metrics.jsonl")
+    records = read_lines(_place(folder, cell) / "metrics.jsonl")
     return [record for record in records if record["event"] == "train"]
 
 

@@ -1,0 +1,212 @@
+"""What a run drew as candidates and what it kept, by task, source, language, script and length.
+
+The candidate stream is deterministic, so the candidates are drawn again from the run's config and
+the picks read from picks.jsonl; nothing about candidates has to be logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from slap_ds.config import Config
+from slap_ds.data.store import POSITION_BITS
+from slap_ds.metrics import read_lines
+from slap_ds.run import Inputs, make_parts, read_inputs
+
+Int64 = npt.NDArray[np.int64]
+MIN_DRAWS = 30
+STARVED = 0.5
+SIGNIFICANCE = 0.01
+MAX_DECODED = 20_000
+# Unicode ranges of letters; what none of them holds is "other".
+SCRIPTS = {
+    "CJK": ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xAC00, 0xD7AF)),
+    "Cyrillic": ((0x0400, 0x052F),),
+    "Latin": ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F)),
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part of the candidates: how many were drawn, how many of them were kept."""
+
+    kind: str  # task, source, ...
+    name: str
+    drawn: int
+    kept: int
+
+    @property
+    def share(self) -> float:
+        return self.kept / self.drawn if self.drawn else float("nan")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Draws and picks of a run's samples."""
+
+    drawn: Int64  # (n,) how often each sample of the store was a candidate
+    kept: Int64  # (n,) how often it was trained
+    slices: list[Slice]
+    loss_deciles: list[float]  # mean share kept of each tenth of a step's candidates by loss; or []
+    most: list[tuple[int, int, str]]  # (times kept, times drawn, text) of the samples kept most
+
+    @property
+    def share(self) -> float:
+        """Kept / drawn, of all."""
+        return float(self.kept.sum() / self.drawn.sum())
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What slice each sample of a store belongs to."""
+
+    inputs: Inputs
+    kinds: dict[str, tuple[list[str], Int64]]  # kind -> names, (n,) codes into them or -1
+
+
+def cover(run_dir: Path, labels: Labels | None = None) -> Coverage:
+    """The coverage of a run's finished steps.
+
+    Args:
+        labels: `label_samples` of what the run read, if the caller has it; else it is read again.
+
+    Raises:
+        FileNotFoundError: no run there, or its data are gone.
+        ValueError: the data have changed since the run.
+    """
+    config = run_config(run_dir)
+    labels = labels or label_samples(read_inputs(config))
+    store = labels.inputs.train
+    picks = read_lines(run_dir / "picks.jsonl")
+    stream, _, _ = make_parts(config, store)
+    drawn, kept = np.zeros(len(store), np.int64), np.zeros(len(store), np.int64)
+    for batch, record in zip(islice(stream, len(picks)), picks, strict=True):
+        ids = np.asarray(record["ids"], dtype=np.int64)
+        places = ids & ((1 << POSITION_BITS) - 1)
+        if not np.isin(places, batch).all() or (store.sample_ids[places] != ids).any():
+            raise ValueError(
+                f"{str(run_dir)!r} picked samples at step {record['step']} that its data do not "
+                "hold there: the files in data.train have changed since"
+            )
+        np.add.at(drawn, batch, 1)
+        np.add.at(kept, places, 1)
+    if not drawn.any():
+        raise ValueError(f"{str(run_dir)!r} holds no finished step yet")
+    deciles = [
+        record["kept_by_loss_decile"]
+        for record in read_lines(run_dir / "metrics.jsonl")
+        if len(record.get("kept_by_loss_decile", [])) == 10
+    ]
+    return Coverage(
+        drawn,
+        kept,
+        [each for kind in labels.kinds for each in _slices(kind, labels, drawn, kept)],
+        np.mean(deciles, axis=0).tolist() if deciles else [],
+        _most(labels.inputs, drawn, kept),
+    )
+
+
+def run_config(run_dir: Path) -> Config:
+    """The config that a run folder was made with.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(run_dir)!r} is no run: it has no config.yaml")
+    return Config.model_validate(yaml.safe_load(path.read_text("utf-8")))
+
+
+def merged(parts: Sequence[Sequence[Slice]]) -> list[Slice]:
+    """Slices of several runs, added up."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for part in parts:
+        for each in part:
+            total = sums.setdefault((each.kind, each.name), [0, 0])
+            total[0] += each.drawn
+            total[1] += each.kept
+    return [Slice(kind, name, *total) for (kind, name), total in sums.items()]
+
+
+def starved(slices: Sequence[Slice], share: float) -> list[Slice]:
+    """The slices that a method hardly trains.
+
+    A slice is starved if at least 30 candidates of it were drawn, fewer than half as many of them
+    were kept as of all candidates (`share`), and that is no accident: the binomial probability of
+    so few at the overall share is below 1 % / number of slices.
+    """
+    from scipy import stats
+
+    tested = [each for each in slices if each.drawn >= MIN_DRAWS]
+    return [
+        each
+        for each in tested
+        if each.share < STARVED * share
+        and stats.binom.cdf(each.kept, each.drawn, share) < SIGNIFICANCE / len(tested)
+    ]
+
+
+def script_of(text: str) -> str:
+    """The script that most of the text's letters belong to."""
+    counts: dict[str, int] = {}
+    for letter in filter(str.isalpha, text):
+        code = ord(letter)
+        name = next(
+            (s for s, spans in SCRIPTS.items() if any(a <= code <= b for a, b in spans)), "other"
+        )
+        counts[name] = counts.get(name, 0) + 1
+    return max(counts, key=lambda name: counts[name]) if counts else "other"
+
+
+def label_samples(inputs: Inputs) -> Labels:
+    """Task, source, language as the rows say them; script and length as the samples show them."""
+    store = inputs.train
+    kinds: dict[str, tuple[list[str], Int64]] = {}
+    for kind, label in (("task", "task"), ("source", "source"), ("language", "lang")):
+        names = store.names[label]
+        if names != [""]:
+            kinds[kind] = [name or "(none)" for name in names], np.asarray(getattr(store, label))
+    # The scripts of all would take decoding all; a random part of many says enough.
+    generator = np.random.Generator(np.random.Philox(key=[0, len(store)]))
+    names = [*SCRIPTS, "other"]
+    scripts = np.full(len(store), -1, dtype=np.int64)
+    for i in generator.permutation(len(store))[:MAX_DECODED]:
+        scripts[i] = names.index(script_of(_text(inputs, int(i))))
+    kinds["script"] = names, scripts
+    lengths = np.asarray(store.lengths)
+    ends = np.unique(np.quantile(lengths, np.linspace(0.1, 1, 10), method="higher"))
+    starts = [int(lengths.min()), *(ends[:-1] + 1).tolist()]
+    spans = [f"{a}-{b} tokens" for a, b in zip(starts, ends.tolist(), strict=True)]
+    kinds["length"] = spans, np.searchsorted(ends, lengths)
+    return Labels(inputs, kinds)
+
+
+def _slices(kind: str, labels: Labels, drawn: Int64, kept: Int64) -> list[Slice]:
+    names, codes = labels.kinds[kind]
+    found = [
+        Slice(kind, name, int(drawn[codes == code].sum()), int(kept[codes == code].sum()))
+        for code, name in enumerate(names)
+    ]
+    return [each for each in found if each.drawn]
+
+
+def _most(inputs: Inputs, drawn: Int64, kept: Int64) -> list[tuple[int, int, str]]:
+    order = np.lexsort((np.arange(len(kept)), drawn, -kept))[:10]
+    return [
+        (int(kept[i]), int(drawn[i]), " ".join(_text(inputs, int(i)).split())[:160])
+        for i in order
+        if kept[i]
+    ]
+
+
+def _text(inputs: Inputs, index: int) -> str:
+    text: str = inputs.tokenizer.decode(inputs.train[index].ids, skip_special_tokens=True)
+    return text
