@@ -79,7 +79,9 @@ def _adapted(config: Config, checkpoint: Path, merge: bool) -> Any:
     assert lora is not None
     dtype = DTYPES[config.model.dtype]
     if merge:
-        base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        base = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     else:
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(load_config(path, None), dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from typing import NoReturn, TypeAlias
 
@@ -17,5 +18,6 @@ def fail(message: str, every_rank: bool = False) -> NoReturn:
     rank = rank_said(os.environ)
     if rank == 0 or every_rank:
         where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"slap-ds: error{where}: {message}", file=sys.stderr, flush=True)
+        hidden = re.sub(r"://[^/@\s]+@", "://***@", message)  # a password in an address
+        print(f"slap-ds: error{where}: {hidden}", file=sys.stderr, flush=True)
     sys.exit(1)

@@ -41,7 +41,7 @@ def load_tokenizer(name: str) -> Any:
         raise FileNotFoundError(f"model.tokenizer: no file or folder at {name!r}")
     source = str(path) if path.exists() else name
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"model.tokenizer: no tokenizer from {name!r}: {first}") from None
@@ -57,7 +57,7 @@ def load_config(path: str | None, fields: Mapping[str, Any] | None) -> Any:
         if _looks_local(path) and not Path(path).exists():
             raise FileNotFoundError(f"model.path: no model folder at {path!r}")
         try:
-            return AutoConfig.from_pretrained(path)
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"model.path: no model from {path!r}: {first}") from None
@@ -101,7 +101,7 @@ def load_model(
     Fresh weights depend on `seed` alone, so that every rank and world size starts the same.
 
     Raises:
-        ValueError: the architecture does not have this attention.
+        ValueError: the architecture does not have this attention, or `path` no safetensors files.
     """
     model_config.use_cache = False
     torch.manual_seed(seed)
@@ -109,9 +109,21 @@ def load_model(
     model: torch.nn.Module
     try:
         if path is not None:
-            model = AutoModelForCausalLM.from_pretrained(path, config=model_config, **settings)
+            # A pickled model (.bin) could run code while it is read; safetensors cannot.
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=model_config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **settings,
+            )
         else:
             model = AutoModelForCausalLM.from_config(model_config, **settings)
+    except OSError as error:
+        first = (str(error).strip().splitlines() or ["unreadable"])[0]
+        raise ValueError(
+            f"model.path: no weights in safetensors files at {path!r}: {first}"
+        ) from None
     except (KeyError, ValueError) as error:
         # Architectures with attention classes of their own look the name up in a dict.
         if error.args != (attention,) and "attention implementation" not in str(error):
