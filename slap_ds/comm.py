@@ -146,6 +146,7 @@ class Comm:
             )
         diagonals = [share.diagonal for share in shares if share.diagonal is not None]
         gradients = [share.gradient for share in shares if share.gradient is not None]
+        extras = [share.extras for share in shares if share.extras is not None]
         return Scores(
             positions=positions[order],
             loss=torch.cat([share.loss for share in shares])[order],
@@ -153,6 +154,7 @@ class Comm:
             gradient=torch.cat(gradients)[order] if gradients else None,
             diagonal=torch.stack(diagonals).double().sum(0) if diagonals else None,
             diagonal_tokens=sum(share.diagonal_tokens for share in shares),
+            extras=torch.cat(extras)[order] if extras else None,
         )
 
     def broadcast_picks(self, step: int, selection: Selection | None) -> Selection:
@@ -262,6 +264,8 @@ def _pack(scores: Scores) -> Tensor:
     parts = [count, scores.positions, scores.tokens, scores.loss.float()]
     if scores.diagonal is not None:
         parts.append(scores.diagonal.float())
+    if scores.extras is not None:
+        parts.append(scores.extras.float())
     if scores.gradient is not None:
         parts.append(scores.gradient)
     return torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
@@ -273,7 +277,8 @@ def _sizes(like: Scores, n: int) -> list[int]:
     if like.gradient is not None:
         sketch = like.gradient.shape[1] * like.gradient.element_size()
     diagonal = 0 if like.diagonal is None else 4 * len(like.diagonal)
-    return [8, 8 * n, 8 * n, 4 * n, diagonal, sketch * n]
+    extras = 0 if like.extras is None else 4 * like.extras.shape[1]
+    return [8, 8 * n, 8 * n, 4 * n, diagonal, extras * n, sketch * n]
 
 
 def _bytes(like: Scores, n: int) -> int:
@@ -282,8 +287,11 @@ def _bytes(like: Scores, n: int) -> int:
 
 def _unpack(row: Tensor, n: int, like: Scores) -> Scores:
     """Undo `_pack` for a rank's row with n candidates."""
-    count, positions, tokens, loss, diagonal, sketch = row[: _bytes(like, n)].split(_sizes(like, n))
-    gradient = None
+    parts = row[: _bytes(like, n)].split(_sizes(like, n))
+    count, positions, tokens, loss, diagonal, side, sketch = parts
+    gradient, extras = None, None
+    if like.extras is not None:
+        extras = _as(side, torch.float32).view(n, like.extras.shape[1])
     if like.gradient is not None:
         gradient = _as(sketch, like.gradient.dtype).view(n, like.gradient.shape[1])
     return Scores(
@@ -293,6 +301,7 @@ def _unpack(row: Tensor, n: int, like: Scores) -> Scores:
         gradient=gradient,
         diagonal=None if like.diagonal is None else _as(diagonal, torch.float32),
         diagonal_tokens=int(_as(count, torch.int64)),
+        extras=extras,
     )
 
 

@@ -115,10 +115,55 @@ class StepConfig(Section):
     """Where reuse keeps the block inputs of all candidates between scoring and training."""
 
 
+class CcsConfig(Section):
+    beta: float = Field(0.0, ge=0, lt=1)
+    """Share of the candidates dropped as hardest; published: 0.2 at 80 % pruning, 0.3 at 90 %."""
+    strata: int = Field(50, ge=1)
+    """Strata of equal loss ranges."""
+
+
+class InfoBatchConfig(Section):
+    r: float | None = Field(None, gt=0, lt=1)
+    """Probability of dropping a candidate whose remembered loss is below the mean; default: what
+    keeps selection.keep of all candidates of the run. Published: 0.5."""
+    delta: float = Field(0.875, gt=0, le=1)
+    """Share of the run after which nothing is dropped."""
+
+
+class SelectiveBackpropConfig(Section):
+    schedule: Literal["always", "published"] = "always"
+    """always: every step trains selection.keep of its candidates; published: only from start to
+    end of the run, and there every interrupt-th step trains all."""
+    start: float = Field(0.5, ge=0, le=1)
+    """published: share of the run before which all are trained."""
+    end: float = Field(0.9, ge=0, le=1)
+    """published: share of the run after which all are trained."""
+    interrupt: int = Field(2, ge=0)
+    """published: every how many steps all are trained; 0: none."""
+
+
+class UdsConfig(Section):
+    alpha: float | None = Field(None, ge=0)
+    """Weight of the mean distance to recent picks; default: what gives it the standard deviation of
+    the nuclear norms, step by step. Published, for other embeddings: 1.5e-3."""
+    queue: int = Field(1024, ge=1)
+    """How many recent picks are remembered."""
+    width: int = Field(1024, ge=1)
+    """Numbers of an embedding; wider hidden states are projected by random signs."""
+
+
+class GreatsConfig(Section):
+    batch: int = Field(2, ge=1)
+    """Validation samples drawn at each step."""
+    eta: float | None = Field(None, ge=0)
+    """Step size in the score; default: the step's learning rate."""
+
+
 class SelectionConfig(Section):
     method: str = "slap"
-    """The selector, a key of slap_ds.selection.SELECTORS: slap, random, hard, full, grand,
-    k_center, divbs, adacore."""
+    """The selector, a key of slap_ds.selection.SELECTORS (docs/baselines.md): slap, random, full,
+    hard, easy, el2n, grand, ccs, moderate, infobatch, selective_backprop, rho_loss, divbs, adacore,
+    k_center, uds, greats."""
     keep: float = Field(0.6, gt=0, le=1)
     """Keep ratio M / N in (0, 1]; the pruning rate is 1 - keep."""
     warmup: float = Field(0.0, ge=0, le=1)
@@ -139,6 +184,32 @@ class SelectionConfig(Section):
     """Who chooses; the picks are the same. one_rank: rank 0, and tells the others; every_rank: each
     for itself; sharded: together, each holding its own candidates' sketches (slap and k_center;
     docs/performance.md says when it pays)."""
+
+    reference_losses: str | None = None
+    """rho_loss: the file of each training sample's loss under a reference model, as written by
+    `slap-ds losses`."""
+    validation: list[str] = []
+    """greats: files, folders, globs or hub names of the samples whose loss shall fall; none of them
+    may be in data.eval."""
+    ccs: CcsConfig = CcsConfig()
+    infobatch: InfoBatchConfig = InfoBatchConfig()
+    selective_backprop: SelectiveBackpropConfig = SelectiveBackpropConfig()
+    uds: UdsConfig = UdsConfig()
+    greats: GreatsConfig = GreatsConfig()
+
+    @model_validator(mode="after")
+    def _sourced(self) -> SelectionConfig:
+        if self.method == "greats" and not self.validation:
+            raise ValueError(
+                "selection.method greats needs selection.validation, files of samples whose loss "
+                "shall fall; not those of data.eval, which would then measure nothing"
+            )
+        if self.method == "rho_loss" and self.reference_losses is None:
+            raise ValueError(
+                "selection.method rho_loss needs selection.reference_losses, a file that "
+                "slap-ds losses writes with a reference model"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shardable(self) -> SelectionConfig:

@@ -16,7 +16,7 @@ import torch
 
 from slap_ds import checkpoint as checkpoints
 from slap_ds.comm import Comm
-from slap_ds.config import Config, SelectionConfig, write_config
+from slap_ds.config import Config, write_config
 from slap_ds.data.packing import Candidate, make_row
 from slap_ds.data.store import TokenStore, build_store
 from slap_ds.data.stream import CandidateStream
@@ -25,7 +25,7 @@ from slap_ds.deepspeed_json import resolve_deepspeed
 from slap_ds.engine import Engine, RankError, make_engine, start_ranks, write_deepspeed
 from slap_ds.models.load import check_fit, load_config, load_tokenizer
 from slap_ds.scoring import Scorer, ScoringPlan, Wants
-from slap_ds.selection import Selector, make_selector
+from slap_ds.selection import Course, Selector, make_selector
 
 T = TypeVar("T")
 
@@ -42,6 +42,7 @@ class Inputs:
     tokenizer: Any
     train: TokenStore
     eval: TokenStore | None
+    validation: TokenStore | None = None  # what selection looks at beside the candidates
 
 
 @dataclass
@@ -209,7 +210,18 @@ def read_inputs(config: Config) -> Inputs:
 
     train = store(config.data.train, "rejects.jsonl")
     held_out = store(config.data.eval, "rejects-eval.jsonl") if config.data.eval else None
-    return Inputs(model_config, tokenizer, train, held_out)
+    validation = None
+    if config.selection.validation:
+        validation = store(config.selection.validation, "rejects-validation.jsonl")
+        shared = 0
+        if held_out is not None:
+            shared = int(np.isin(validation.content, held_out.content).sum())
+        if shared:
+            raise ValueError(
+                f"{shared} samples of selection.validation are in data.eval too: what selection "
+                "has looked at cannot measure it; take other samples for one of them"
+            )
+    return Inputs(model_config, tokenizer, train, held_out, validation)
 
 
 def make_parts(config: Config, store: TokenStore) -> tuple[CandidateStream, Scorer, Selector]:
@@ -218,6 +230,8 @@ def make_parts(config: Config, store: TokenStore) -> tuple[CandidateStream, Scor
         len(store), config.batch.candidates, config.seed, steps=config.steps, epochs=config.epochs
     )
     selector = make_selector(config.selection.model_dump())
+    ids, candidates = torch.from_numpy(store.sample_ids), config.batch.candidates
+    selector.begin(Course(ids, len(stream), candidates, config.selection.keep))
     scorer = Scorer(ScoringPlan(config.scoring, selector.needs, config.seed))
     return stream, scorer, selector
 
@@ -230,11 +244,12 @@ def dry_run(config: Config) -> dict[str, Any]:
     """
     make_selector(config.selection.model_dump())
     inputs = read_inputs(config)
-    stream, _, _ = make_parts(config, inputs.train)
+    stream, _, selector = make_parts(config, inputs.train)
     text = inputs.model_config.get_text_config()
     if config.engine.kind == "deepspeed":
         resolve_deepspeed(config, 1, text.hidden_size)
-    budget = budget_at(len(stream) // 2, len(stream), config.batch.candidates, config.selection)
+    middle, candidates = len(stream) // 2, config.batch.candidates
+    budget = budget_at(middle, len(stream), candidates, config, selector)
     return {
         "training samples": len(inputs.train),
         "evaluation samples": len(inputs.eval) if inputs.eval else 0,
@@ -250,13 +265,14 @@ def dry_run(config: Config) -> dict[str, Any]:
     }
 
 
-def budget_at(step: int, steps: int, candidates: int, selection: SelectionConfig) -> int:
-    """M at `step`: round(keep * N), or all N in the warm-up and cool-down and for `full`."""
+def budget_at(step: int, steps: int, candidates: int, config: Config, selector: Selector) -> int:
+    """M at `step`: the selector's, or all N in the warm-up and cool-down."""
+    selection = config.selection
     warm = step < selection.warmup * steps
     cool = step >= steps - selection.cooldown * steps
-    if warm or cool or selection.method == "full":
+    if warm or cool:
         return candidates
-    return max(1, round(selection.keep * candidates))
+    return selector.budget(step, steps, candidates, selection.keep)
 
 
 def first_on_each_node(comm: Comm, phase: str, work: Callable[[], T]) -> T:

@@ -101,8 +101,11 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
     config, comm, engine = run.config, run.comm, run.engine
     watch = Stopwatch(engine.device)
     n = len(batch)
-    budget = budget_at(step, len(run.stream), n, config.selection)
-    scoring = budget < n and bool(run.selector.needs)
+    steps, selector = len(run.stream), run.selector
+    budget = budget_at(step, steps, n, config, selector)
+    remembers = step < selector.remembers_until * steps
+    scoring = bool(selector.needs) and (budget < n or remembers)
+    lr = learning_rate(step, steps, config)
     reuse = scoring and run.reuses
     balance = run.balance if scoring else "deal"
     sent_before = comm.bytes_sent
@@ -111,11 +114,13 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
         scored, shard = None, None
         if scoring:
             with watch("score"):
+                validation = _score_validation(run, step)
                 rows = batch.rows(shares[comm.rank], config.score_row_tokens)
                 rows = equal_rows(comm, step, "scoring rows", rows)
                 local = engine.score(rows, run.scorer.wants(step), keep=reuse)
             with watch("gather"):
-                scored, shard = _gather(run, step, batch, local, shares)
+                scored, shard = _gather(run, step, batch, local, shares, validation)
+                scored = replace(scored, ids=torch.from_numpy(batch.sample_ids), step=step, lr=lr)
         with watch("select"):
             selection = _choose(run, step, batch, budget, scored, shard, shares, balance)
         with watch("scatter"):
@@ -124,6 +129,8 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
             else:
                 assert selection is not None
                 comm.agree_picks(step, selection)
+            if scored is not None:
+                selector.remember(scored, selection)
             picks = selection.picks.numpy()
             mine = _place(batch, picks, shares, balance, comm)
             weights = dict(zip(picks.tolist(), selection.weights.tolist(), strict=True))
@@ -151,7 +158,7 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
         "response_tokens": int(response.sum()),
         "busiest_rank_over_mean": max(loads) / (sum(loads) / len(loads)),
         "forward": "reuse" if reuse else "separate" if scoring else "train",
-        **_flops(run, batch, picks, scoring, reuse),
+        **_flops(run, step, batch, picks, scoring, reuse),
         **seconds,
         "selection_s": sum(seconds.get(f"{p}_s", 0) for p in ("gather", "select", "scatter")),
         "bytes_sent": comm.bytes_sent - sent_before,
@@ -203,12 +210,17 @@ def equal_rows(comm: Comm, step: int, phase: str, rows: list[PackedRow]) -> list
 
 
 def _gather(
-    run: Run, step: int, batch: CandidateBatch, local: Scores, shares: list[Positions]
+    run: Run,
+    step: int,
+    batch: CandidateBatch,
+    local: Scores,
+    shares: list[Positions],
+    validation: Scores | None,
 ) -> tuple[ScoredBatch, Shard | None]:
     """The scored batch; with sharded selection the sketches stay where they are, in the shard."""
     comm, n = run.comm, len(batch)
     if run.config.selection.where != "sharded" or local.gradient is None:
-        return run.scorer.finish(comm.gather(step, local, n), batch.content), None
+        return run.scorer.finish(comm.gather(step, local, n), batch.content, validation), None
     rest = comm.gather(step, replace(local, gradient=None), n)
     scored = run.scorer.finish(rest, batch.content)
     sketch = run.scorer.sketch(local)
@@ -216,6 +228,30 @@ def _gather(
     first = first_occurrence(batch.content)
     shard = hold(comm, step, local.positions, sketch, first, _holders(shares, n))
     return shard.stand_in(scored), shard
+
+
+def _score_validation(run: Run, step: int) -> Scores | None:
+    """The step's validation samples, where the selector looks at them; before the candidates, whose
+    block inputs must be the last that scoring leaves."""
+    batch = _validation_batch(run, step)
+    if batch is None:
+        return None
+    comm = run.comm
+    share = deal(batch.lengths, comm.world)[comm.rank]
+    rows = batch.rows(share, run.config.score_row_tokens)
+    rows = equal_rows(comm, step, "validation rows", rows)
+    local = run.engine.score(rows, run.scorer.wants(step).sketch_only())
+    return comm.gather(step, local, len(batch))
+
+
+def _validation_batch(run: Run, step: int) -> CandidateBatch | None:
+    """`selection.greats.batch` validation samples, others at every step."""
+    store = run.inputs.validation
+    if store is None or "validation" not in run.selector.needs:
+        return None
+    count = min(run.config.selection.greats.batch, len(store))
+    generator = np.random.Generator(np.random.Philox(key=[run.config.seed, step]))
+    return CandidateBatch(store, np.sort(generator.choice(len(store), count, replace=False)))
 
 
 def _holders(shares: list[Positions], n: int) -> torch.Tensor:
@@ -240,7 +276,7 @@ def _choose(
     n, comm = len(batch), run.comm
     if comm.rank != 0 and run.config.selection.where == "one_rank":
         return None
-    if budget == n:
+    if budget == n and scored is None:
         return Selection(torch.arange(n), torch.ones(n))
     generator = torch.Generator().manual_seed(_mix(run.config.seed, step))
     # A selector that needs no scores gets a batch of equal ones.
@@ -305,15 +341,19 @@ def _slowest(lags: list[float]) -> dict[str, float]:
 
 
 def _flops(
-    run: Run, batch: CandidateBatch, picks: Positions, scored: bool, reuse: bool
+    run: Run, step: int, batch: CandidateBatch, picks: Positions, scored: bool, reuse: bool
 ) -> dict[str, float]:
     """Analytic FLOPs of the step over all ranks, scoring apart; and those of training all."""
     config, parameters = run.inputs.model_config, run.engine.parameters
     scoring = 0.0
     if scored:
-        scoring = block_flops(config, parameters, batch.lengths.tolist())
-        scoring *= 1 + run.scorer.plan.block_passes(config.get_text_config().num_hidden_layers)
-        scoring += run.scorer.plan.head_flops(config, int(batch.response_tokens.sum()), len(batch))
+        plan, layers = run.scorer.plan, config.get_text_config().num_hidden_layers
+        for scores in (batch, _validation_batch(run, step)):
+            if scores is not None:
+                blocks = block_flops(config, parameters, scores.lengths.tolist())
+                scoring += blocks * (1 + plan.block_passes(layers))
+                tokens = int(scores.response_tokens.sum())
+                scoring += plan.head_flops(config, tokens, len(scores))
     # Backward is two forwards, checkpointing recomputes one; with reuse the first is scoring's.
     # Frozen weights have no gradient, which is half of the backward.
     frozen = run.config.model.lora is not None

@@ -3,8 +3,10 @@
     h (T, E), W (V, E) -> logits of a chunk -> softmax -> loss
                                                        -> sketch: InputGradient | Kron | Hvp
                                                        -> diagonal: ExactDiagonal | Hutchinson
+                                                       -> extras: el2n, hidden, nuclear
 
-Everything comes from one computation of a chunk's logits, and nothing of size T x V is held.
+Everything comes from one computation of a chunk's logits (save the nuclear norm, which takes a
+second one), and nothing of size T x V is held.
 With the logits f = W h + b, soft-capped to cap * tanh(f / cap) where the model does that, and
 p = softmax(f), the derivatives of a token's loss with respect to its raw logits are
 
@@ -48,6 +50,7 @@ class HeadScores(NamedTuple):
     gradient: Tensor | None = None  # (n, D): the sketch, summed over the sample's tokens
     diagonal: Tensor | None = None  # (E,): sum over `diagonal_tokens` tokens, finite ones only
     diagonal_tokens: Tensor | None = None  # () int64
+    extras: Tensor | None = None  # (n, S): columns in the order of `Wants.extras`
 
 
 class Head(NamedTuple):
@@ -120,6 +123,7 @@ class Chunk:
         mask: make tokens of non-finite loss zero, so that one bad sample does not poison the sums
             that all samples share.
         kept: (c,) bool, the tokens that count for the exact diagonal; None: all.
+        errors: compute `error`, the L2 norm of softmax - onehot(y) of each token.
     """
 
     def __init__(
@@ -132,6 +136,7 @@ class Chunk:
         derivatives: bool = True,
         mask: bool = True,
         kept: Tensor | None = None,
+        errors: bool = False,
     ) -> None:
         self.head, self.h, self.y, self.sample, self.kept = head, h, y, sample, kept
         index = torch.arange(len(y), device=y.device)
@@ -145,6 +150,13 @@ class Chunk:
         total = dense.sum(-1)
         self.loss = total.log() + (top[:, 0] - target)  # (c,)
         self.finite = torch.isfinite(self.loss)  # (c,)
+        if errors:
+            # |p - onehot|^2 = sum p^2 - 2 p_y + 1, which cancels near p_y = 1 unless p_y - 1 is
+            # formed first.
+            at_target = dense[index, y]
+            dense[index, y] = at_target - total
+            self.error = torch.linalg.vector_norm(dense, dim=-1) / total  # (c,)
+            dense[index, y] = at_target
         if not derivatives:
             return
         bend = dense  # (c, V)
@@ -450,6 +462,9 @@ def score_head(
     elif wants.sketch == "hvp":
         sketch = Hvp(head, samples, wants)
     parts = [part for part in (sketch, diagonal) if part is not None]
+    columns = [hidden.shape[1] if name == "hidden" else 1 for name in wants.extras]
+    extras = torch.zeros(samples, sum(columns), dtype=acc, device=device)
+    place = dict(zip(wants.extras, extras.split(columns, dim=1), strict=True))
     for t in response_chunks(targets, chunk_tokens):
         h = hidden[t] if scale == 1 else hidden[t] * scale
         chunk = Chunk(
@@ -459,15 +474,23 @@ def score_head(
             sample[t],
             derivatives=bool(parts),
             kept=None if kept is None else kept[t],
+            errors="el2n" in place,
         )
         loss.index_put_((chunk.sample,), chunk.loss, accumulate=True)
         tokens.index_put_((chunk.sample,), torch.ones_like(chunk.sample), accumulate=True)
+        if "el2n" in place:
+            place["el2n"].index_put_((chunk.sample,), chunk.error[:, None], accumulate=True)
+        if "hidden" in place:
+            place["hidden"].index_put_((chunk.sample,), hidden[t].to(acc), accumulate=True)
         counted += (chunk.finite if chunk.kept is None else chunk.finite & chunk.kept).sum()
         if wants.diagonal == "exact_head" and kept is None:
             _ = chunk.delta  # made here, so that the sketch uses it as well
         for part, product in zip(parts, _products(chunk, parts), strict=True):
             part.add(chunk, product)
         del chunk
+    if "nuclear" in place:
+        norms = nuclear_norms(hidden, head, targets, sample, samples, chunk_tokens, scale)
+        place["nuclear"].copy_(norms[:, None])
     # The derivatives above are those by scale * h; head_kron's factors cancel.
     first, second = scale, scale**2
     return HeadScores(
@@ -476,7 +499,47 @@ def score_head(
         None if sketch is None else sketch.result() * _factor(wants, first, second),
         None if diagonal is None else diagonal.result() * second,
         None if diagonal is None else counted,
+        extras if wants.extras else None,
     )
+
+
+def nuclear_norms(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    sample: Tensor,
+    samples: int,
+    chunk_tokens: int,
+    scale: float = 1.0,
+) -> Tensor:
+    """(n,) sum of the singular values of each sample's logits (T_i, V), its response tokens' alone.
+
+    They are the roots of the eigenvalues of F F^T (T_i, T_i), which is added up over slices of the
+    vocabulary, no wider than a chunk's logits are large. In float64: in float32 roots below 3e-4 of
+    the largest would be rounding. Costs T E V + sum_i T_i^2 V multiply-adds and T_i^3 for the
+    eigenvalues; a slice and T_i^2 numbers of 8 bytes are held. NaN where logits are not finite.
+    Arguments as in `score_head`.
+    """
+    vocab = len(head.weight)
+    norms = torch.full((samples,), torch.nan, dtype=head.acc, device=hidden.device)
+    response = targets >= 0
+    for i in range(samples):
+        h = hidden[response & (sample == i)]
+        if scale != 1:
+            h = h * scale
+        gram = torch.zeros(len(h), len(h), dtype=torch.float64, device=h.device)
+        width = max(1, min(vocab, chunk_tokens * vocab // max(1, len(h))))
+        for start in range(0, vocab, width):
+            v = slice(start, start + width)
+            part = Head(head.weight[v], None if head.bias is None else head.bias[v])
+            logits = part.logits(h)
+            if head.cap is not None:
+                logits.div_(head.cap).tanh_().mul_(head.cap)
+            wide = logits.double()
+            gram.addmm_(wide, wide.t())
+        if torch.isfinite(gram).all():
+            norms[i] = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+    return norms
 
 
 def _products(chunk: Chunk, parts: list[Part]) -> list[Tensor]:
@@ -522,6 +585,8 @@ def head_cost(
         flops += 2.0 * a * (tokens * width if has_delta else vocab * (tokens + width))
     elif wants.sketch == "hvp":
         flops += wants.probes * (summed + 2.0 * vocab * (tokens + width))
+    if "nuclear" in wants.extras:  # as if all samples were of one length
+        flops += product + 2.0 * vocab * tokens**2 / max(1, samples)
     return flops
 
 
@@ -537,7 +602,7 @@ def head_bytes(wants: Wants, samples: int, width: int, vocab: int, chunk_tokens:
     a, b = wants.size
     kron, hvp = wants.sketch == "head_kron", wants.sketch == "hvp"
     hutchinson = wants.diagonal == "hutchinson_head"
-    wide = a * b if kron else width
+    wide = (a * b if kron else width) + width * ("hidden" in wants.extras)
     columns = 4 + wants.probes * (2 * hutchinson + hvp) + a * kron
     per_token = 6 * width + 2 * wide * kron
     small = chunk_tokens * per_token + 3 * samples * wide + 4 * (columns + 4) * width

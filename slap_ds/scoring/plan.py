@@ -15,7 +15,7 @@ from torch import Tensor
 from slap_ds.config import ScoringConfig
 from slap_ds.scoring.curvature import Curvature
 from slap_ds.scoring.head import head_cost
-from slap_ds.scoring.wants import Wants
+from slap_ds.scoring.wants import Extra, Wants
 from slap_ds.selection import Signal
 
 
@@ -31,6 +31,12 @@ class ScoringPlan:
     def sketches(self) -> bool:
         return "sketch" in self.needs
 
+    @property
+    def extras(self) -> tuple[Extra, ...]:
+        """The further signals, in the order of their columns."""
+        every: tuple[Extra, ...] = ("el2n", "nuclear", "hidden")
+        return tuple(name for name in every if name in self.needs)
+
     def curvature(self) -> Curvature | None:
         """A fresh curvature, or None where none is wanted."""
         c = self.config
@@ -42,7 +48,7 @@ class ScoringPlan:
         """The order for one step."""
         c = self.config
         if not self.sketches:
-            return Wants()
+            return Wants(extras=self.extras)
         source = None if c.curvature == "none" else c.curvature
         uses_blocks = source == "hutchinson_blocks" or c.sketch == "blocks_kron"
         scale: Tensor | None = None
@@ -61,6 +67,7 @@ class ScoringPlan:
             step=step,
             scale=None if scale is None else scale.float(),
             bfloat16=c.sketch_dtype == "bfloat16",
+            extras=self.extras,
         )
 
     def head_flops(self, model_config: Any, tokens: int, samples: int) -> float:

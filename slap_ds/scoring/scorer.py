@@ -8,7 +8,7 @@ The sums arrive in candidate order and are the same on every rank, so everything
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Scores:
     gradient: Tensor | None = None  # (n, D) float32 or bfloat16: the sketch, summed over tokens
     diagonal: Tensor | None = None  # (E,) float32, summed over `diagonal_tokens` tokens
     diagonal_tokens: int = 0  # how many tokens the diagonal is a sum over, all of finite loss
+    extras: Tensor | None = None  # (n, S) float32, columns in the order of `Wants.extras`
 
     def mean_loss(self) -> Tensor:
         """(n,) nats per response token; NaN where a sample has none."""
@@ -42,6 +43,7 @@ def collect(positions: Sequence[Tensor], parts: Sequence[HeadScores], wants: Wan
     gradients = [part.gradient for part in parts if part.gradient is not None]
     diagonals = [part.diagonal for part in parts if part.diagonal is not None]
     counts = [part.diagonal_tokens for part in parts if part.diagonal_tokens is not None]
+    extras = [part.extras for part in parts if part.extras is not None]
     gradient = torch.cat(gradients) if gradients else None
     if gradient is not None and wants.bfloat16:
         gradient = gradient.bfloat16()
@@ -52,6 +54,7 @@ def collect(positions: Sequence[Tensor], parts: Sequence[HeadScores], wants: Wan
         gradient=gradient,
         diagonal=torch.stack(diagonals).sum(0) if diagonals else None,
         diagonal_tokens=int(torch.stack(counts).sum()) if counts else 0,
+        extras=torch.cat(extras) if extras else None,
     )
 
 
@@ -70,12 +73,15 @@ class Scorer:
         """What this step's scoring forward computes."""
         return self.plan.wants(step, self.curvature)
 
-    def finish(self, scores: Scores, content: Tensor) -> ScoredBatch:
+    def finish(
+        self, scores: Scores, content: Tensor, validation: Scores | None = None
+    ) -> ScoredBatch:
         """The scored candidate batch.
 
         Args:
             scores: of all N candidates, in candidate order.
             content: (N,) int64, equal where samples are equal token for token.
+            validation: of the samples that selection looks at beside the candidates.
         """
         loss = scores.mean_loss()
         if self.curvature is not None and scores.diagonal is not None:
@@ -84,9 +90,34 @@ class Scorer:
         # Equal samples have equal scores; packing and the number of ranks round them differently
         # in the last bit, and a tie between twins must not be decided by that.
         first = first_occurrence(content).to(loss.device)
-        return ScoredBatch(
-            loss=loss[first], sketch=None if sketch is None else sketch[first].contiguous()
+        scored = ScoredBatch(loss=loss, sketch=sketch, **self._extras(scores)).take(first)
+        return replace(
+            scored, validation=None if validation is None else self._mean_sketch(validation)
         )
+
+    def _mean_sketch(self, scores: Scores) -> Tensor:
+        """(D,): the mean sketch of the samples that have a finite one."""
+        sketch = self.sketch(scores)
+        assert sketch is not None
+        finite = sketch[torch.isfinite(sketch).all(1)]
+        if not len(finite):
+            raise ValueError(
+                "no validation sample has a finite gradient: the model has diverged (lower "
+                "optimizer.lr) or its weights are broken"
+            )
+        return finite.mean(0)
+
+    def _extras(self, scores: Scores) -> dict[str, Any]:
+        """What is wanted of el2n (n,), nuclear (n,) and hidden (n, E), as selectors see them."""
+        if scores.extras is None:
+            return {}
+        names = self.plan.extras
+        found: dict[str, Any] = {name: scores.extras[:, i] for i, name in enumerate(names)}
+        if "hidden" in names:
+            found["hidden"] = scores.extras[:, len(names) - 1 :] / scores.tokens[:, None]
+        if "el2n" in names:  # the nuclear norm is that of the whole answer
+            found["el2n"] = found["el2n"] / scores.tokens
+        return found
 
     def sketch(self, scores: Scores) -> Tensor | None:
         """(n, D) float32 from sums of any n candidates, with the curvature as `finish` left it."""

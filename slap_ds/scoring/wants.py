@@ -8,6 +8,7 @@ from torch import Tensor
 
 Sketch = Literal["head_input", "head_kron", "hvp", "blocks_kron"]
 Source = Literal["exact_head", "hutchinson_head", "hutchinson_blocks"]
+Extra = Literal["el2n", "nuclear", "hidden"]
 
 
 class Wants(NamedTuple):
@@ -26,3 +27,9 @@ class Wants(NamedTuple):
     step: int = 0
     scale: Tensor | None = None  # (E,) multiplies delta_t before head_kron projects it
     bfloat16: bool = False  # the sketch leaves the forward in bfloat16
+    extras: tuple[Extra, ...] = ()  # further numbers per sample, side by side; hidden comes last
+
+    def sketch_only(self) -> Wants:
+        """The sketch as here, and nothing else."""
+        blocks = self.blocks if self.sketch == "blocks_kron" else 0
+        return self._replace(diagonal=None, token_share=1.0, blocks=blocks, extras=())

@@ -7,21 +7,38 @@ from typing import Any
 
 from slap_ds.selection.adacore import AdaCore
 from slap_ds.selection.balance import select_balanced
-from slap_ds.selection.base import ScoredBatch, Selection, Selector, Signal, select
+from slap_ds.selection.base import Course, ScoredBatch, Selection, Selector, Signal, select
+from slap_ds.selection.ccs import Ccs
 from slap_ds.selection.divbs import DivBS
 from slap_ds.selection.grand import Grand
+from slap_ds.selection.greats import Greats
+from slap_ds.selection.infobatch import InfoBatch
 from slap_ds.selection.k_center import KCenter
-from slap_ds.selection.simple import Full, Hard, Random
+from slap_ds.selection.moderate import Moderate
+from slap_ds.selection.rho_loss import RhoLoss
+from slap_ds.selection.selective_backprop import SelectiveBackprop
+from slap_ds.selection.simple import Easy, El2n, Full, Hard, Random
 from slap_ds.selection.slap import Slap
+from slap_ds.selection.uds import Uds
 
 SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
     "adacore": lambda options: AdaCore(),
+    "ccs": lambda options: Ccs(**options["ccs"]),
     "divbs": lambda options: DivBS(),
+    "easy": lambda options: Easy(),
+    "el2n": lambda options: El2n(),
     "full": lambda options: Full(),
     "grand": lambda options: Grand(),
+    "greats": lambda options: Greats(eta=options["greats"]["eta"]),
     "hard": lambda options: Hard(),
+    "infobatch": lambda options: InfoBatch(options["keep"], **options["infobatch"]),
     "k_center": lambda options: KCenter(),
+    "moderate": lambda options: Moderate(),
     "random": lambda options: Random(),
+    "rho_loss": lambda options: RhoLoss(options["reference_losses"]),
+    "selective_backprop": lambda options: SelectiveBackprop(
+        options["keep"], **options["selective_backprop"]
+    ),
     "slap": lambda options: Slap(
         strata=options["strata"],
         strata_by=options["strata_by"],
@@ -29,6 +46,7 @@ SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
         temperature=options["temperature"],
         across_strata=options["across_strata"],
     ),
+    "uds": lambda options: Uds(**options["uds"]),
 }
 
 
@@ -48,6 +66,7 @@ def make_selector(options: Mapping[str, Any]) -> Selector:
 
 __all__ = [
     "SELECTORS",
+    "Course",
     "ScoredBatch",
     "Selection",
     "Selector",

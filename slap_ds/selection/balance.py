@@ -85,8 +85,5 @@ def _fitting(picks: Tensor, holder: Tensor, tokens: Tensor, share: float, holder
 
 def _room(quotas: Tensor, holder: Tensor, batch: ScoredBatch) -> int:
     """How many picks the holders can give together."""
-    usable = torch.isfinite(batch.loss).cpu()
-    if batch.sketch is not None:
-        usable &= torch.isfinite(batch.sketch).all(-1).cpu()
-    size = torch.bincount(holder[usable], minlength=len(quotas))
+    size = torch.bincount(holder[batch.usable()], minlength=len(quotas))
     return int(torch.minimum(quotas, size).sum())

@@ -7,35 +7,61 @@ picks. `select` is the one way to call it: it keeps broken candidates out, whate
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Generator, Tensor
 
-Signal = Literal["loss", "sketch"]
+Signal = Literal["loss", "sketch", "el2n", "nuclear", "hidden", "validation"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is known of a run before its first step."""
+
+    ids: Tensor  # (n,) int64, the sample ids of all training data
+    steps: int
+    candidates: int  # N of a step
+    keep: float  # keep ratio asked for
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """What a selector sees of N candidates."""
+    """What a selector sees of N candidates. Means are over a sample's response tokens."""
 
     loss: Tensor  # (N,) float32, nats per response token
     sketch: Tensor | None = None  # (N, D) float32 or bfloat16
+    el2n: Tensor | None = None  # (N,) float32, mean L2 norm of softmax - onehot
+    nuclear: Tensor | None = None  # (N,) float32, nuclear norm of the response tokens' logits
+    hidden: Tensor | None = None  # (N, E) float32, mean final hidden state
+    ids: Tensor | None = None  # (N,) int64, sample ids
     groups: Tensor | None = None  # (N,) int64 in [0, G): candidates that share a quota
     quotas: Tensor | None = None  # (G,) int64: most picks of a group
+    validation: Tensor | None = None  # (D,) float32, mean sketch of validation samples
+    step: int = 0
+    lr: float = 0.0  # learning rate of the step
 
     def __len__(self) -> int:
         return len(self.loss)
 
     def take(self, index: Tensor) -> ScoredBatch:
         """The candidates at `index` (n,), in that order; quotas stay."""
-        return replace(
-            self,
-            loss=self.loss[index],
-            sketch=None if self.sketch is None else self.sketch[index],
-            groups=None if self.groups is None else self.groups[index],
-        )
+        rows: dict[str, Any] = self.by_candidate()
+        return replace(self, **{name: x[index.to(x.device)] for name, x in rows.items()})
+
+    def by_candidate(self) -> dict[str, Tensor]:
+        """What is there with one row a candidate."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        whole = ("quotas", "validation")
+        return {k: v for k, v in values.items() if isinstance(v, Tensor) and k not in whole}
+
+    def usable(self) -> Tensor:
+        """(N,) bool on the CPU: whose scores are all finite."""
+        finite = torch.ones(len(self), dtype=torch.bool)
+        for value in self.by_candidate().values():
+            finite &= torch.isfinite(value).reshape(len(self), -1).all(1).cpu()
+        return finite
 
 
 @dataclass(frozen=True)
@@ -52,9 +78,30 @@ class Selector(Protocol):
 
     needs: frozenset[Signal]
     takes_quotas: bool  # whether `select` honours the batch's groups and quotas
+    own_count: bool  # whether `select` may pick more or fewer than its budget
+    remembers_until: float  # share of the run in which steps that train all are scored too
+
+    def begin(self, course: Course) -> None:
+        """Told once, before the first step or a resume.
+
+        Raises:
+            ValueError: this run cannot be made with this method.
+        """
+        ...
+
+    def budget(self, step: int, steps: int, candidates: int, keep: float) -> int:
+        """M of a step of N candidates, the same on every rank; N: all are trained."""
+        ...
 
     def select(self, batch: ScoredBatch, budget: int, generator: Generator) -> Selection:
-        """Pick exactly `budget` of the batch's candidates, 1 <= budget <= N."""
+        """Pick exactly `budget` of the batch's candidates, 1 <= budget <= N.
+
+        Changes no state, for a step may ask several times.
+        """
+        ...
+
+    def remember(self, batch: ScoredBatch, selection: Selection) -> None:
+        """Take in what was chosen in the end; called on every rank after each scored step."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -63,9 +110,20 @@ class Selector(Protocol):
 
 
 class Stateless:
-    """For selectors that remember nothing."""
+    """For selectors that remember nothing, and what most selectors share."""
 
     takes_quotas = False
+    own_count = False
+    remembers_until = 0.0
+
+    def begin(self, course: Course) -> None:
+        pass
+
+    def budget(self, step: int, steps: int, candidates: int, keep: float) -> int:
+        return max(1, round(keep * candidates))
+
+    def remember(self, batch: ScoredBatch, selection: Selection) -> None:
+        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -84,18 +142,16 @@ def select(selector: Selector, batch: ScoredBatch, budget: int, generator: Gener
     Raises:
         ValueError: no candidate has finite scores.
     """
-    finite = torch.isfinite(batch.loss)
-    if batch.sketch is not None:
-        finite &= torch.isfinite(batch.sketch).all(-1)
-    index = finite.nonzero()[:, 0]
+    index = batch.usable().nonzero()[:, 0]
     if not len(index):
         raise ValueError(
             f"all {len(batch)} candidates have NaN or infinite scores: the model has diverged "
             "(lower optimizer.lr) or its weights are broken"
         )
     kept = selector.select(batch.take(index), min(budget, len(index)), generator)
-    picks = index[kept.picks.to(index.device)].cpu()
+    picks = index[kept.picks.cpu()]
     assert len(picks.unique()) == len(picks), "a selector picked a candidate twice"
+    assert selector.own_count or len(picks) == min(budget, len(index)), "not the budget"
     stats = {**kept.stats, "nonfinite": len(batch) - len(index)}
     return Selection(picks, kept.weights.cpu(), stats)
 

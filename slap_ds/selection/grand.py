@@ -8,7 +8,7 @@ import torch
 from torch import Generator
 
 from slap_ds.selection.base import ScoredBatch, Selection, Signal, Stateless, unweighted
-from slap_ds.selection.greedy import Open
+from slap_ds.selection.greedy import largest
 
 
 @dataclass
@@ -26,9 +26,4 @@ class Grand(Stateless):
     def select(self, batch: ScoredBatch, budget: int, generator: Generator) -> Selection:
         assert batch.sketch is not None, "grand needs sketches"
         norm = torch.linalg.vector_norm(batch.sketch.double().cpu(), dim=1)
-        free, picks = Open(batch, budget), []
-        for index in torch.argsort(norm, descending=True, stable=True).tolist():
-            if free.mask[index]:
-                free.take(index)
-                picks.append(index)
-        return unweighted(torch.tensor(picks[:budget]))
+        return unweighted(largest(norm, batch, budget))

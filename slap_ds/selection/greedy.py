@@ -32,6 +32,28 @@ class Open:
             if self.room[group] == 0:
                 self.mask &= torch.tensor(self.groups) != group
 
+    def take_first(self, order: torch.Tensor | list[int], count: int) -> list[int]:
+        """Take the first `count` open candidates of `order`, or as many as there are."""
+        taken: list[int] = []
+        for index in order if isinstance(order, list) else order.tolist():
+            if len(taken) == count:
+                break
+            if self.mask[index]:
+                self.take(index)
+                taken.append(index)
+        return taken
+
     def best(self, value: torch.Tensor) -> int:
         """The open candidate of the largest value, the lowest of equals; (N,) -> index."""
         return int(torch.where(self.mask, value, -torch.inf).argmax())
+
+
+def first_open(order: torch.Tensor | list[int], batch: ScoredBatch, budget: int) -> torch.Tensor:
+    """The first `budget` candidates of `order` that quotas allow, in that order: (M,) int64."""
+    return torch.tensor(Open(batch, budget).take_first(order, budget))
+
+
+def largest(score: torch.Tensor, batch: ScoredBatch, budget: int) -> torch.Tensor:
+    """The `budget` candidates of the largest scores (N,), largest first; of equals the lower
+    position first, and quotas kept."""
+    return first_open(torch.argsort(score.cpu(), descending=True, stable=True), batch, budget)
