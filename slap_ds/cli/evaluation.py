@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slap_ds.cli.common import OVERRIDES, Commands
+
+if TYPE_CHECKING:
+    from slap_ds.evaluation.judge import Endpoint
 
 
 def add(commands: Commands) -> None:
@@ -22,6 +26,14 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--format", help="format of the rows (default: recognised)")
     evaluate.add_argument("--max-tokens", type=_positive, help="longest row (default: the run's)")
     evaluate.add_argument("--dtype", choices=["float32", "bfloat16"])
+    compared = evaluate.add_argument_group("pairwise judging by a model")
+    compared.add_argument("--judge", metavar="URL", help="an OpenAI-compatible chat endpoint")
+    compared.add_argument("--judge-model", metavar="NAME")
+    compared.add_argument("--against", metavar="FILE", help="another model's predictions.jsonl")
+    compared.add_argument("--judge-key-env", metavar="NAME", help="variable (OPENAI_API_KEY)")
+    compared.add_argument("--judge-timeout", type=_positive, default=120, metavar="SECONDS")
+    compared.add_argument("--judge-tries", type=_positive, default=6, help="of one request")
+    compared.add_argument("--judge-workers", type=_positive, default=4, help="requests at a time")
     evaluate.set_defaults(run=_evaluate)
 
     curate = commands.add_parser(
@@ -42,6 +54,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.evaluation.subject import open_subject
 
     target = Path(options.target)
+    endpoint = _endpoint(options)
     out = Path(options.out) if options.out else None
     settings: dict[str, Any] = {
         name: getattr(options, name) for name in ("template", "format", "max_tokens", "dtype")
@@ -51,6 +64,42 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
         result, out = evaluate(subject, limits), subject.out
     show(result, Console())
     print(f"wrote {out / 'eval.json'} and {out / 'predictions.jsonl'}")
+    if endpoint is not None:
+        from slap_ds.evaluation.evaluate import write_json
+        from slap_ds.evaluation.judge import judge
+        from slap_ds.evaluation.show import show_judged
+        from slap_ds.metrics import read_lines
+
+        chosen = read_lines(out / "predictions.jsonl")[: result["answers"]["predictions"]]
+        judged = judge(chosen, read_lines(Path(options.against)), endpoint, out)
+        write_json(out / "judge.json", {"against": options.against, **judged})
+        show_judged(judged, Console())
+        print(f"wrote {out / 'judge.json'} and {out / 'judgements.jsonl'}")
+
+
+def _endpoint(options: argparse.Namespace) -> Endpoint | None:
+    """The judge that was asked for; every mistake is told before anything is computed."""
+    if options.judge is None:
+        return None
+    from slap_ds.evaluation.judge import Endpoint, endpoint_url
+
+    for name in ("judge_model", "against"):
+        if getattr(options, name) is None:
+            raise ValueError(f"--judge needs --{name.replace('_', '-')} too")
+    if not Path(options.against).is_file():
+        raise FileNotFoundError(f"--against: no file at {options.against!r}")
+    variable = options.judge_key_env or "OPENAI_API_KEY"
+    key = os.environ.get(variable, "").strip()
+    if options.judge_key_env and not key:
+        raise ValueError(f"--judge-key-env: the environment has no variable {variable}")
+    return Endpoint(
+        endpoint_url(options.judge),
+        options.judge_model,
+        key,
+        options.judge_timeout,
+        options.judge_tries,
+        workers=options.judge_workers,
+    )
 
 
 def _curate(options: argparse.Namespace, rest: list[str]) -> None:

@@ -40,3 +40,20 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     if answers["too_long"]:
         console.print(f"{answers['too_long']} rows were not answered: their prompts are too long")
+
+
+def show_judged(result: Mapping[str, Any], console: Console) -> None:
+    """What the judge said, over all and per task."""
+    table = Table(title=f"judged by {result['judge']}, both orders")
+    for name in ("", "win", "tie", "loss", "malformed", "failed", "win share, 95 %"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, entry in [("all", result), *result["by_task"].items()]:
+        share = "-"
+        if entry["interval_95"]:
+            low, high = entry["interval_95"]
+            share = f"{entry['win_share']:.2f} ({low:.2f} to {high:.2f})"
+        counts = [str(entry[key]) for key in ("win", "tie", "loss", "malformed", "failed")]
+        table.add_row(name or "no task", *counts, share)
+    console.print(table)
+    if result["failed"]:
+        console.print(f"{result['failed']} pairs got no reply ({result['reasons']}): start again")

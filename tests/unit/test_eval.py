@@ -16,6 +16,7 @@ from slap_ds.metrics import read_lines
 from slap_ds.models.chatglm import convert_chatglm
 from tests import chatglm
 from tests.recipes import tiny_config, tiny_model
+from tests.unit.test_judge import KEY, longer, prefers, server
 
 DATA = "builtin:demo/eval"
 
@@ -42,7 +43,10 @@ def train(folder: Path, name: str, **sections) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder):
+    demo = Path(answers_module.__file__).parents[1] / "data" / "demo"
     tiny_model(folder / "base")
+    tiny_model(folder / "base-with-tokenizer")
+    AutoTokenizer.from_pretrained(demo).save_pretrained(folder / "base-with-tokenizer")
     return train(folder, "run")
 
 
@@ -266,6 +270,45 @@ def test_losses_alone(model, tmp_path, capsys):
     result = evaluated(model, tmp_path, "--data", DATA, "--samples", 0)
     assert result["answers"]["predictions"] == 0
     assert result["loss"]["all"]["samples"] > 100
+
+
+def test_judged_against_another_model(model, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("A_KEY", KEY)
+    limits = ("--data", DATA, "--samples", 2, "--max-new-tokens", 6)
+    evaluated(folder / "base-with-tokenizer", tmp_path / "base", *limits)
+    with server(prefers(longer)) as (url, seen):
+        against = ("--against", tmp_path / "base" / "predictions.jsonl", "--judge-key-env", "A_KEY")
+        judge = ("--judge", url, "--judge-model", "m", *against)
+        evaluated(model, tmp_path / "tuned", *limits, *judge)
+        shown = capsys.readouterr()
+        asked = len(seen)
+        evaluated(model, tmp_path / "tuned", *limits, *judge)
+        assert len(seen) == asked > 0
+    found = json.loads((tmp_path / "tuned" / "judge.json").read_text())
+    ours, theirs = (read_lines(tmp_path / n / "predictions.jsonl") for n in ("tuned", "base"))
+    lengths = [
+        (len(a["prediction"]), len(b["prediction"])) for a, b in zip(ours, theirs, strict=True)
+    ]
+    assert found["win"] == sum(a > b for a, b in lengths)
+    assert found["loss"] == sum(a < b for a, b in lengths)
+    assert found["pairs"] == 8
+    assert "judged by m" in shown.out
+    assert KEY not in shown.out + shown.err
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+
+
+def test_mistakes_about_the_judge(model, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text("")
+    judge = ["eval", model, "--data", DATA, "--judge", "http://127.0.0.1:9/v1"]
+    assert "--judge-model" in fails(capsys, *judge)
+    judge += ["--judge-model", "m"]
+    assert "--against" in fails(capsys, *judge)
+    assert "no file" in fails(capsys, *judge, "--against", tmp_path / "none.jsonl")
+    judge += ["--against", tmp_path / "p.jsonl"]
+    assert "NO_SUCH" in fails(capsys, *judge, "--judge-key-env", "NO_SUCH")
+    judge[judge.index("http://127.0.0.1:9/v1")] = "127.0.0.1:9"
+    assert "http" in fails(capsys, *judge)
+    assert not (model / "eval").exists()
 
 
 def test_mistakes(run, model, tmp_path, capsys):
