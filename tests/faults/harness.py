@@ -1,8 +1,8 @@
 """Runs that are hurt: ranks started as a launcher would, a fault in one, what is left of it all.
 
-    baseline(folder)                   an undisturbed run, once a session
-    Job(config, fault).wait()          -> what the ranks said, their exit codes, how long it took
-    assert_same(run_dir, baseline)     invariant I: the same losses, weights and ledger, bit by bit
+baseline(folder)                   an undisturbed run, once a session
+Job(config, fault).wait()          -> what the ranks said, their exit codes, how long it took
+assert_same(run_dir, baseline)     invariant I: the same losses, weights and ledger, bit by bit
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from slap_ds.metrics import read_lines
 
 STEPS = 8
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.ranks_preload"])
+_context.set_forkserver_preload(["tests.faults.preload"])
 
 
 def write_config(folder: Path, name: str, **sections) -> Path:
@@ -77,8 +77,8 @@ def _rank(arguments, environ, log):
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environ)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.argv = ["slap_ds", *arguments]
     runpy.run_module("slap_ds", run_name="__main__", alter_sys=True)
     os._exit(0)
@@ -174,7 +174,7 @@ def weights_hash(run_dir: Path) -> str:
 
     digest = hashlib.sha256()
     for name, value in sorted(whole_weights(checkpoints.find(run_dir)[-1].folder).items()):
-        digest.update(name.encode() + value.numpy().tobytes())
+        digest.update(name.encode() + value.detach().numpy().tobytes())
     return digest.hexdigest()
 
 

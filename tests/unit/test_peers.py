@@ -1,6 +1,8 @@
 """A rank that has gone is named; one that is only busy, or failed a moment ago, is not."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +13,12 @@ import pytest
 import torch.distributed as dist
 
 from slap_ds.comm import Comm
-from slap_ds.peers import Peers
+from slap_ds.peers import Heart, Peers, _answer
 
 # Each process is a rank; the table of addresses is put together over pipes.
 PEER = """
 import sys, numpy as np
-from slap_ds.peers import Peers
+from slap_ds.peers import Heart, Peers, _answer
 rank = int(sys.argv[1])
 def exchange(values):
     print(*values, flush=True)
@@ -63,14 +65,17 @@ def test_the_first_rank_of_a_host_names_those_that_have_gone(ranks):
     start = time.monotonic()
     assert ask(ranks[0]) == "[1, 3]"
     assert time.monotonic() - start < 4
-    # Not the first rank of its host: it asks nobody.
+    # Not the first rank of its host: it asks that one alone.
     assert ask(ranks[2]) == "[]"
+    ranks[0].kill()
+    ranks[0].wait()
+    assert ask(ranks[2]) == "[0]"
 
 
 def test_questions_grow_with_hosts_not_with_ranks():
     hosts = [(f"10.0.0.{rank // 8}", 1000 + rank) for rank in range(64)]
     assert Peers(8, hosts)._asked() == [0, *range(9, 16), *range(16, 64, 8)]
-    assert Peers(9, hosts)._asked() == []
+    assert Peers(9, hosts)._asked() == [8]
     assert Peers(0, [("10.0.0.1", 1), ("0.0.0.0", 0)])._asked() == []
 
 
@@ -79,6 +84,39 @@ def test_somebody_else_on_that_port_is_no_answer():
     # Rank 1 of this table is in truth rank 5's port.
     peers.rank = 0
     assert peers.silent() == [1]
+
+
+def two_peers(folder=None):
+    """Rank 0 and rank 1, both answering in this process."""
+    hearts = [Heart(), Heart()]
+    addresses = [
+        (host, port) for rank in (0, 1) for host, port in [_answer(rank, "127.0.0.1", hearts[rank])]
+    ]
+    return [Peers(rank, addresses, hearts[rank], folder) for rank in (0, 1)]
+
+
+def test_who_is_behind_is_named():
+    first, second = two_peers()
+    for _ in range(5):
+        first.heart.beat("training a row", 3)
+    second.heart.beat("scoring a row", 2)
+    assert re.fullmatch(
+        r"rank 1 \(127.0.0.1\) is behind: step 2, 'scoring a row', for \d+ s", first.diagnose()
+    )
+    assert second.diagnose() == "the ranks it asked are ahead of this one"
+    for _ in range(4):
+        second.heart.beat("training a row", 3)
+    assert first.diagnose() == "every rank it asked has come as far as this one"
+
+
+@pytest.mark.parametrize(("code", "told"), [(70, True), (71, True), (69, False), (None, False)])
+def test_an_error_of_its_own_is_told_of_a_rank_that_has_gone(tmp_path, code, told):
+    (tmp_path / "rank-1.json").write_text(json.dumps({"exit": code, "cause": "KeyError: 'x'"}))
+    peers = Peers(0, [("127.0.0.1", 1), ("127.0.0.1", 1)], folder=tmp_path)
+    if told:
+        assert peers.diagnose() == "rank 1 (127.0.0.1) failed: KeyError: 'x'"
+    else:
+        assert peers.diagnose().startswith("no answer from rank 1 (127.0.0.1): killed, frozen, or")
 
 
 def test_blame_is_for_failed_collectives_only(monkeypatch):

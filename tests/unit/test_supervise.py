@@ -1,0 +1,178 @@
+"""The supervisor believes the ranks' files, not the launcher; the launchers here are scripts."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+# Writes what ranks would have written, then does `then`.
+FAKE = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+folder = Path({folder!r}) / "heartbeat"
+folder.mkdir(parents=True, exist_ok=True)
+attempt = int(os.environ["SLAP_ATTEMPT"])
+for rank, (code, step, cause) in enumerate({ranks}):
+    facts = dict(rank=rank, world=2, exit=code, step=step, cause=cause, time=time.time())
+    facts |= dict(host="elsewhere", pid=0, attempt=str(attempt))
+    (folder / f"rank-{{rank}}.json").write_text(json.dumps(facts))
+with open(folder / "attempts", "a") as file:
+    file.write(os.environ["MASTER_PORT"] + "\\n")
+{then}
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """`launch(ranks, then)` -> (exit code, what it said, ports of the attempts)."""
+
+    def run(ranks, then="", *options, wait=True):
+        code = FAKE.format(folder=str(tmp_path), ranks=ranks, then=then)
+        command = [sys.executable, "-m", "slap_ds", "launch", "--run-dir", str(tmp_path)]
+        command += ["--backoff-s", "0.01", *options, "--", sys.executable, "-c", code]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        if not wait:
+            return process
+        said = process.communicate(timeout=60)[1]
+        attempts = tmp_path / "heartbeat/attempts"
+        ports = attempts.read_text().split() if attempts.exists() else []
+        return process.returncode, said, ports
+
+    return run
+
+
+def test_done_is_what_all_ranks_call_done(launch):
+    assert launch("[(0, 9, ''), (0, 9, '')]")[0] == 0
+    # torchrun's exit code is 1 for whatever.
+    assert launch("[(0, 9, ''), (0, 9, '')]", "sys.exit(1)")[0] == 0
+
+
+def test_exit_0_of_a_launcher_whose_ranks_did_not_finish_is_a_failure(launch):
+    code, said, ports = launch("[(0, 4, ''), (None, 3 + attempt, '')]", "", "--restarts", "1")
+    assert code == 69
+    assert "rank 1 died without a word" in said
+    assert len(set(ports)) == 2  # a port of its own for every attempt
+
+
+def test_a_mistake_is_not_tried_again(launch):
+    code, said, ports = launch("[(1, -1, 'no such file'), (None, -1, '')]", "sys.exit(1)")
+    assert code == 1
+    assert "rank 0: no such file" in said
+    assert len(ports) == 1
+
+
+def test_two_deaths_at_one_step_are_enough(launch):
+    code, said, ports = launch("[(69, 7, 'no answer'), (70, 7, 'ValueError: x')]", "sys.exit(9)")
+    assert code == 70
+    assert "two attempts in a row died at step 7" in said
+    assert "rank 1: ValueError: x" in said
+    assert len(ports) == 2
+
+
+def test_restarts_are_bounded(launch):
+    code, said, ports = launch(
+        "[(70, attempt, 'x'), (70, attempt, 'x')]", "sys.exit(1)", "--restarts", "2"
+    )
+    assert code == 70
+    assert len(ports) == 3
+    assert "2 restarts were not enough" in said
+
+
+def test_stopped_and_saved_is_75_unless_the_launcher_was_killed(launch):
+    saved = "[(75, 4 + attempt, 'SIGUSR1'), (75, 4, 'SIGUSR1')]"
+    assert launch(saved, "sys.exit(1)")[0] == 75
+    killed = "os.kill(os.getpid(), signal.SIGKILL)"
+    then = f"if attempt == 1: {killed}"
+    ranks = "[(75, 4, 'gone'), (75, 4, 'gone')] if attempt == 1 else [(0, 9, ''), (0, 9, '')]"
+    code, _, ports = launch(ranks, then)
+    assert (code, len(ports)) == (0, 3)
+
+
+ORPHAN = """
+sleep = "import time; time.sleep(600) # {mark}"
+subprocess.Popen([sys.executable, "-c", sleep], start_new_session=True)
+print("up", file=sys.stderr, flush=True)
+{rest}
+"""
+
+
+def orphans(mark):
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if f"sleep(600) # {mark}" in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    # The launcher's own text holds the words too.
+    return [
+        p for p in found if "FAKE" not in p.info["cmdline"] and len(p.info["cmdline"][-1]) < 100
+    ]
+
+
+def test_nothing_is_left_of_an_attempt(launch, tmp_path):
+    then = ORPHAN.format(mark=tmp_path.name, rest="sys.exit(3)")
+    code, _, _ = launch("[(70, 4, 'x'), (70, 4, 'x')]", then, "--restarts", "0", "--grace-s", "30")
+    assert code == 70
+    assert not orphans(tmp_path.name)
+
+
+def test_a_request_to_stop_ends_it_even_if_nobody_listens(launch, tmp_path):
+    rest = "signal.signal(15, signal.SIG_IGN); time.sleep(600)"
+    then = ORPHAN.format(mark=tmp_path.name, rest=rest)
+    process = launch("[(None, 4, ''), (None, 4, '')]", then, "--grace-s", "1", wait=False)
+    assert process.stderr.readline() == "up\n"
+    start = time.monotonic()
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 69
+    assert time.monotonic() - start < 10
+    assert not orphans(tmp_path.name)
+
+
+def test_a_killed_supervisor_takes_its_launcher_along(launch, tmp_path):
+    rest = "print(os.getpid(), file=sys.stderr, flush=True); time.sleep(600)"
+    process = launch("[(None, 4, ''), (None, 4, '')]", rest, wait=False)
+    pid = int(process.stderr.readline())
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no hostfile at"),
+        ("a slots=2\na slots=2\n", "line 2: a stands here twice"),
+        ("a slots=0\n", "a has 0 slots"),
+        ("a slots=2 please\n", "found 'a slots=2 please'"),
+        ("# nobody\n", "names no host"),
+    ],
+)
+def test_hostfiles_are_read_before_anything_starts(tmp_path, capsys, text, words):
+    from slap_ds.cli import main
+
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        main(["launch", "--run-dir", str(tmp_path), "--", "deepspeed", "--hostfile", str(path)])
+    assert exit.value.code == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_wrong_config_is_told_before_anything_starts(tmp_path, capsys):
+    from slap_ds.cli import main
+
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({"run_dir": "x", "steps": 1, "modle": {}}))
+    with pytest.raises(SystemExit) as exit:
+        main(["launch", "--", "deepspeed", "--module", "slap_ds", "train", str(path)])
+    assert exit.value.code == 1
+    assert "modle: unknown key; did you mean 'model'?" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
