@@ -88,6 +88,10 @@ class DataConfig(Section):
     """What happens to a longer one: its end is cut off, or it is left out (counted either way)."""
     max_reject_share: float = Field(0.1, ge=0, le=1)
     """More bad rows than this share of all stop the run; below it they go to rejects.jsonl."""
+    max_row_bytes: int = Field(16 * 2**20, ge=1)
+    """A longer line is rejected unread."""
+    max_depth: int = Field(64, ge=2, le=500)
+    """A row whose lists and objects are nested deeper is rejected."""
     cache_dir: str | None = None
     """Tokenised data live here; default: $SLAP_CACHE_DIR, else ~/.cache/slap_ds."""
 
@@ -176,8 +180,14 @@ class SelectionConfig(Section):
     """Equal counts, or equal loss ranges between the smallest and the largest loss."""
     budgets: Literal["sampled", "expected"] = "sampled"
     """Budget per stratum: counted from a Gumbel top-M draw, or its expectation rounded."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides the losses in softmax(loss / temperature); nats per token."""
+    preset: Literal["measured", "paper"] = "measured"
+    """Where slap's settings that are not given come from. measured: what docs/experiments.md supports
+    (temperature 3, sketches of unit length); paper: our reading of the paper (1, as they are)."""
+    temperature: float | None = Field(None, gt=0)
+    """Divides the losses in softmax(loss / temperature); nats per token; default: the preset's."""
+    reweight: Literal["none", "inverse"] = "none"
+    """inverse: slap's picks of a stratum weigh its size over its budget, so that hard samples count
+    no more than in the whole batch; scaled to mean 1."""
     across_strata: bool = True
     """Measure distances to the picks of earlier strata too."""
     where: Literal["one_rank", "every_rank", "sharded"] = "one_rank"
@@ -227,8 +237,9 @@ class ScoringConfig(Section):
     states; head_kron, blocks_kron: projected weight gradients; hvp: z * Hz of the head."""
     sketch_size: tuple[int, int] = (16, 16)
     """(a, b) of the Kronecker sketches: a * b numbers for every weight matrix."""
-    sketch_norm: Literal["none", "unit"] = "none"
-    """unit: divide each sketch by its length, so that only directions differ."""
+    sketch_norm: Literal["auto", "none", "unit"] = "auto"
+    """unit: divide each sketch by its length, so that only directions differ; auto: unit for slap
+    (none with selection.preset paper), none for the other methods."""
     sketch_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which sketches travel between ranks."""
     curvature: Literal["exact_head", "hutchinson_head", "hutchinson_blocks", "none"] = "exact_head"
@@ -377,6 +388,14 @@ class Config(Section):
         if self.selection.warmup + self.selection.cooldown > 1:
             raise ValueError("selection.warmup + selection.cooldown exceed 1")
         return self
+
+    @property
+    def resolved_scoring(self) -> ScoringConfig:
+        """`scoring` with `sketch_norm` auto replaced by what the method takes."""
+        if self.scoring.sketch_norm != "auto":
+            return self.scoring
+        unit = self.selection.method == "slap" and self.selection.preset == "measured"
+        return self.scoring.model_copy(update={"sketch_norm": "unit" if unit else "none"})
 
     @property
     def score_row_tokens(self) -> int:

@@ -18,6 +18,7 @@ from slap_ds import checkpoint as checkpoints
 from slap_ds.comm import Comm
 from slap_ds.config import Config, write_config
 from slap_ds.data.packing import Candidate, make_row
+from slap_ds.data.sources import Limits
 from slap_ds.data.store import TokenStore, build_store
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
@@ -206,6 +207,7 @@ def read_inputs(config: Config) -> Inputs:
             cache_dir=_cache_dir(config),
             max_reject_share=data.max_reject_share,
             rejects_path=run_dir / rejects,
+            limits=Limits(data.max_row_bytes, data.max_depth),
         )
 
     train = store(config.data.train, "rejects.jsonl")
@@ -232,7 +234,7 @@ def make_parts(config: Config, store: TokenStore) -> tuple[CandidateStream, Scor
     selector = make_selector(config.selection.model_dump())
     ids, candidates = torch.from_numpy(store.sample_ids), config.batch.candidates
     selector.begin(Course(ids, len(stream), candidates, config.selection.keep))
-    scorer = Scorer(ScoringPlan(config.scoring, selector.needs, config.seed))
+    scorer = Scorer(ScoringPlan(config.resolved_scoring, selector.needs, config.seed))
     return stream, scorer, selector
 
 

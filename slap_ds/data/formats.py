@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from slap_ds.data.sources import MAX_ROW_BYTES, Source, find_sources, kind_of, read_rows
+from slap_ds.data.sources import Limits, Source, find_sources, kind_of, read_rows, size_of
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -116,8 +116,6 @@ def _conversation(row: Mapping[str, Any], messages: Sequence[Message]) -> Conver
                 f"message {number} is '{message.role}' after {previous}, expected {expected}"
             )
         previous = message.role
-    if sum(len(message.content) for message in messages) > MAX_ROW_BYTES:
-        raise ValueError(f"longer than {MAX_ROW_BYTES >> 20} MiB")
     task, source, lang = (
         value if isinstance(value := row.get(field), str) else ""
         for field in ("task", "source", "lang")
@@ -197,21 +195,41 @@ def recognise(row: Mapping[str, Any]) -> str:
     )
 
 
+def conversation_of(row: Mapping[str, Any], format: str, limits: Limits) -> Conversation:
+    """The conversation of a row of this format, or of the one that `auto` recognises.
+
+    Raises ValueError, saying what is wrong with the row.
+    """
+    found = FORMATS[recognise(row) if format == "auto" else format](row)
+    # Tables have no lines that could have been measured.
+    if sum(len(message.content) for message in found.messages) > limits.row_bytes:
+        raise ValueError(f"longer than {size_of(limits.row_bytes)}")
+    return found
+
+
 def read_sources(
-    sources: Sequence[Source], format: str = "auto"
+    sources: Sequence[Source],
+    format: str = "auto",
+    limits: Limits | None = None,
+    note: Callable[[str, int], None] = lambda file, line: None,
 ) -> Iterator[tuple[Source, int, Conversation | Reject]]:
-    """Every row of the sources, in order, with where it stands. Raises as `read_conversations`."""
+    """Every row of the sources, in order, with where it stands; `note` is told the file and the
+    next line before anything of it is read. Raises as `read_conversations`."""
+    limits = limits or Limits()
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"unknown data format {format!r}: expected auto, {', '.join(FORMATS)}")
     for source in sources:
-        for number, row in read_rows(source):
+        note(source.name, 1)
+        for number, row in read_rows(source, limits):
+            note(source.name, number)
             try:
                 if isinstance(row, ValueError):
                     raise row
-                found = FORMATS[recognise(row) if format == "auto" else format](row)
+                found = conversation_of(row, format, limits)
                 yield source, number, found if found.source else replace(found, source=source.label)
             except ValueError as error:
                 yield source, number, Reject(source.name, number, str(error))
+            note(source.name, number + 1)
 
 
 def read_conversations(

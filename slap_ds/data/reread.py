@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from slap_ds.data.formats import FORMATS, Conversation, recognise
-from slap_ds.data.sources import Source, find_sources, read_rows
+from slap_ds.data.formats import Conversation, conversation_of
+from slap_ds.data.sources import Limits, Source, find_sources, read_rows
 from slap_ds.data.store import TokenStore, cut
 from slap_ds.data.templates import Template
 
@@ -32,6 +32,7 @@ def reread(
     template: Template,
     max_tokens: int,
     over_length: Literal["truncate", "drop"],
+    limits: Limits | None = None,
 ) -> Iterator[Origin]:
     """Every sample of the store with its row, in the store's order.
 
@@ -41,7 +42,7 @@ def reread(
         ValueError: the sources do not give the store's samples any more.
     """
     index = 0
-    rows = _usable(find_sources(paths), format)
+    rows = _usable(find_sources(paths), format, limits or Limits())
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
         encoded = template.encode_batch([conversation.messages for _, _, conversation in batch])
         for (where, row, conversation), result in zip(batch, encoded, strict=True):
@@ -64,14 +65,14 @@ def reread(
 
 
 def _usable(
-    sources: Sequence[Source], format: str
+    sources: Sequence[Source], format: str, limits: Limits
 ) -> Iterator[tuple[str, Mapping[str, Any], Conversation]]:
     for source in sources:
-        for number, row in read_rows(source):
+        for number, row in read_rows(source, limits):
             try:
                 if isinstance(row, ValueError):
                     continue
-                kind = recognise(row) if format == "auto" else format
-                yield f"{source.name}, row {number},", row, FORMATS[kind](row)
+                found = conversation_of(row, format, limits)
+                yield f"{source.name}, row {number},", row, found
             except ValueError:  # the store's builder wrote it to rejects.jsonl
                 continue

@@ -18,12 +18,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
-MAX_ROW_BYTES = 16 * 2**20
-MAX_DEPTH = 64
 SUFFIXES = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet")
 DEMO = Path(__file__).parent / "demo"
 HUB_NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<split>.+))?")
 BUILTIN = {"builtin:demo/train": DEMO / "train.jsonl", "builtin:demo/eval": DEMO / "eval.jsonl"}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large a row may be; a larger one is rejected, whatever is in it."""
+
+    row_bytes: int = 16 * 2**20
+    depth: int = 64  # of lists and objects in each other
+    # A `.json` list is held in memory whole; a small archive may unpack to any size.
+    list_bytes: int = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +156,11 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     return sources
 
 
+def size_of(size: int) -> str:
+    """Bytes as a user would say them."""
+    return f"{size >> 20} MiB" if size >= 2**20 else f"{size:,} bytes"
+
+
 def kind_of(value: object) -> str:
     """What a user would call the type of a value."""
     names = {
@@ -178,13 +191,13 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def _check_json(row: object) -> Mapping[str, Any]:
+def _check_json(row: object, limits: Limits) -> Mapping[str, Any]:
     """The row, if it is an object without flaws, broken characters or deep nesting.
 
     Raises ValueError.
     """
     level = [row]
-    for _ in range(MAX_DEPTH):
+    for _ in range(limits.depth):
         below: list[object] = []
         for value in level:
             if isinstance(value, _Flaw):
@@ -204,15 +217,15 @@ def _check_json(row: object) -> Mapping[str, Any]:
             break
         level = below
     else:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        raise ValueError(f"nested deeper than {limits.depth} levels")
     if not isinstance(row, dict):
         raise ValueError(f"the row is {kind_of(row)}, expected an object")
     return row
 
 
-def _parse_line(line: bytes) -> Mapping[str, Any]:
+def _parse_line(line: bytes, limits: Limits) -> Mapping[str, Any]:
     try:
-        return _check_json(_DECODER.decode(line.decode("utf-8")))
+        return _check_json(_DECODER.decode(line.decode("utf-8")), limits)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
@@ -220,27 +233,27 @@ def _parse_line(line: bytes) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+        raise ValueError(f"nested deeper than {limits.depth} levels") from None
 
 
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | ValueError]]:
+def _lines(file: IO[bytes], most: int) -> Iterator[tuple[int, bytes | ValueError]]:
     """Lines with their numbers, cut at b"\\n" only: text may hold U+2028 and its like.
 
     Blank lines hold no row.
     """
     number = 0
-    while line := file.readline(MAX_ROW_BYTES + 1):
+    while line := file.readline(most + 1):
         number += 1
-        too_long = len(line) > MAX_ROW_BYTES
-        while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
-            line = file.readline(MAX_ROW_BYTES + 1)
+        too_long = len(line) > most
+        while len(line) > most and not line.endswith(b"\n"):
+            line = file.readline(most + 1)
         if too_long:
-            yield number, ValueError(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB")
+            yield number, ValueError(f"the line is longer than {size_of(most)}")
         elif line := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
             yield number, line
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
+def _json_rows(path: Path, limits: Limits) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
     """Rows of a JSON file: one a line, or the members of the list that a `.json` begins with."""
     number = 0
     try:
@@ -250,16 +263,24 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | ValueError
             file.seek(0)
             if start.startswith(b"[") and not _suffix(path.name).startswith(".jsonl"):
                 # A bad byte must cost its row, not the file: it stays on as half a surrogate pair.
-                text = file.read().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+                data = file.read(limits.list_bytes + 1)
+                if len(data) > limits.list_bytes:
+                    raise ValueError(
+                        f"longer than {size_of(limits.list_bytes)}: write it as lines (.jsonl)"
+                    )
+                text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
                 for number, row in enumerate(_DECODER.decode(text), 1):
                     try:
-                        yield number, _check_json(row)
+                        yield number, _check_json(row, limits)
                     except ValueError as error:
                         yield number, error
                 return
-            for number, line in _lines(file):
+            for number, line in _lines(file, limits.row_bytes):
                 try:
-                    yield number, line if isinstance(line, ValueError) else _parse_line(line)
+                    yield (
+                        number,
+                        line if isinstance(line, ValueError) else _parse_line(line, limits),
+                    )
                 except ValueError as error:
                     yield number, error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -295,7 +316,9 @@ def _table_row(batch: Any) -> Mapping[str, Any] | ValueError:
         return ValueError(f"unreadable value: {_summary(error)}")
 
 
-def read_rows(source: Source) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
+def read_rows(
+    source: Source, limits: Limits | None = None
+) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
     """Row numbers from 1, each with its row or what is wrong with it, in order.
 
     Raises ValueError where the file cannot be read on.
@@ -314,4 +337,4 @@ def read_rows(source: Source) -> Iterator[tuple[int, Mapping[str, Any] | ValueEr
                 f"{source.name}: unreadable Parquet file: {_summary(error)}"
             ) from error
     else:
-        yield from _json_rows(source.files[0])
+        yield from _json_rows(source.files[0], limits or Limits())

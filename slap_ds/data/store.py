@@ -29,7 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from slap_ds.data.formats import Conversation, Reject, read_sources
-from slap_ds.data.sources import Source, find_sources
+from slap_ds.data.guard import Place, guarded
+from slap_ds.data.sources import Limits, Source, find_sources
 from slap_ds.data.templates import Encoded, Template
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,7 @@ def build_store(
     max_reject_share: float = 0.1,
     rejects_path: Path | None = None,
     progress: Callable[[int], None] | None = None,
+    limits: Limits | None = None,
 ) -> TokenStore:
     """The store of these data, from the cache or newly built.
 
@@ -166,7 +168,8 @@ def build_store(
     if over_length not in ("truncate", "drop"):
         raise ValueError(f"over_length is {over_length!r}: expected truncate or drop")
     sources = find_sources(paths)
-    key = _key(sources, format, template, max_tokens, over_length)
+    limits = limits or Limits()
+    key = _key(sources, format, template, max_tokens, over_length, limits)
     folder = Path(cache_dir) / key
     store = _open(folder)
     if store is None:
@@ -174,8 +177,15 @@ def build_store(
         temporary = folder.with_name(f".building-{key[:8]}-{os.getpid()}-{secrets.token_hex(4)}")
         temporary.mkdir()
         try:
-            rows = read_sources(sources, format)
-            _write(temporary, rows, template, max_tokens, over_length, progress)
+
+            def build(place: Place, report: Callable[[int], None]) -> None:
+                def note(file: str, line: int) -> None:
+                    place.set(f"{file}, line {line}")
+
+                rows = read_sources(sources, format, limits, note)
+                _write(temporary, rows, template, max_tokens, over_length, report, place)
+
+            guarded(build, progress)
             store = _publish(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -195,7 +205,12 @@ def _sha256(path: Path) -> str:
 
 
 def _key(
-    sources: Sequence[Source], format: str, template: Template, max_tokens: int, over_length: str
+    sources: Sequence[Source],
+    format: str,
+    template: Template,
+    max_tokens: int,
+    over_length: str,
+    limits: Limits,
 ) -> str:
     """Name of the cache folder: a hash of all that decides the store's content."""
     data = [
@@ -207,7 +222,8 @@ def _key(
         ]
         for source in sources
     ]
-    parts = [STORE_VERSION, data, format, template.fingerprint(), max_tokens, over_length]
+    rules = [max_tokens, over_length, asdict(limits)]
+    parts = [STORE_VERSION, data, format, template.fingerprint(), *rules]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -298,7 +314,8 @@ def _write(
     template: Template,
     max_tokens: int,
     over_length: str,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None],
+    place: Place,
 ) -> None:
     """Tokenise all rows into the files of a store."""
     token_type = "<u2" if template.vocab_size <= 2**16 else "<u4"
@@ -313,6 +330,8 @@ def _write(
         ) as rejects,
     ):
         for batch in _batches(rows):
+            (source, line, _), (last, end, _) = batch[0], batch[-1]
+            place.set(f"{source.name}, line {line}, to {last.name}, line {end}, being tokenised")
             encoded = iter(
                 template.encode_batch(
                     [row.messages for _, _, row in batch if isinstance(row, Conversation)]
@@ -345,8 +364,7 @@ def _write(
                 counts.truncated += len(result.ids) > max_tokens
                 counts.tokens += len(sample.ids)
                 counts.trained_tokens += sample.trained
-            if progress is not None:
-                progress(counts.rows)
+            progress(counts.rows)
     if len(columns["lengths"]) > 2**POSITION_BITS:
         raise ValueError(
             f"more than {2**POSITION_BITS:,} samples: sample ids have no room for them"
