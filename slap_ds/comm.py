@@ -195,15 +195,13 @@ class Comm:
             self.agree(step, "the hash of the picks", digest.hexdigest())
         return selection
 
-    def add_rows(self, step: int, phase: str, rows: Tensor) -> Tensor:
+    def add_rows(self, phase: str, rows: Tensor) -> Tensor:
         """(p, D) float32, each row zero on all ranks but one -> that rank's rows, bit for bit.
 
-        Raises:
-            RankDisagreement: some rank is at another step or phase.
+        It carries no stamp: it follows an exchange that has one.
         """
         if self.world == 1:
             return rows
-        self.barrier(step, phase)
         # As integers: in float32 the zeros of the others would turn -0 into 0.
         bits = rows.contiguous().view(torch.int32).to(self.device, copy=True)
         dist.all_reduce(bits)

@@ -6,11 +6,11 @@
 
 One pick a message would cost M messages. A round works on a pool instead: every rank offers its few
 farthest candidates (distance and position), the best of all offers are the pool, their sketches are
-shared, every rank picks inside the pool until its best is beaten by the best candidate outside it,
-and then shrinks the distances of its own candidates. Inside a pool the greedy picks are those of
-the whole: distances only fall, so nothing outside can overtake the best that was left there. A
-distance is computed by the op, of the same two rows wherever it is computed, so that how many ranks
-there are changes no bit.
+shared, and each rank computes some rows of their distances to each other. Every rank then picks
+inside the pool until its best is beaten by the best candidate outside it, and shrinks the distances
+of its own candidates. Inside a pool the greedy picks are those of the whole: distances only fall,
+so nothing outside can overtake the best that was left there. A distance is computed by the op, of
+the same two rows wherever that is, so that how many ranks there are changes no bit.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from slap_ds.ops.plan import OVERFLOW_LIMIT
 from slap_ds.selection.base import ScoredBatch
 
 SHARDED = frozenset({"slap", "k_center"})  # the methods whose only use of sketches is this one
-POOL = 128  # most candidates of a round
-_LEAST = 32  # of the first rounds, in which one pick shrinks many distances
+_LEAST = 32  # candidates of the first rounds, in which one pick shrinks many distances
 _EXACT = 2**24  # float32 counts no further
 
 
@@ -44,7 +43,7 @@ class Line(Protocol):
         """All-gather the same count of integers: (world, count) int64."""
         ...
 
-    def add_rows(self, step: int, phase: str, rows: Tensor) -> Tensor:
+    def add_rows(self, phase: str, rows: Tensor) -> Tensor:
         """(p, D) float32, each row zero on all ranks but one -> that rank's rows, bit for bit."""
         ...
 
@@ -59,6 +58,11 @@ class Shard:
     rows: Tensor  # (n, D) float32, their sketches
     usable: Tensor  # (N,) bool, the same on every rank: whose sketch is finite
     rounds: int = 0  # of all calls
+
+    @property
+    def pool(self) -> int:
+        """Most candidates of a round: the more there are in all, the fewer rounds of more each."""
+        return min(1024, max(128, len(self.usable) // 32))
 
     def stand_in(self, batch: ScoredBatch) -> ScoredBatch:
         """The batch with positions (N, 1) for sketches, and no loss where a sketch is broken."""
@@ -102,24 +106,24 @@ class Shard:
         pool = _Pool(np.empty(0, dtype=np.int64), torch.empty(0, rows.shape[1], device=device))
         stratum, size = 0, _LEAST
         while len(picks) < m:
-            is_open = unpicked & (of == stratum) & (torch.tensor(room) > 0)[group]
-            if left[stratum] == 0 or not bool(is_open.any()):
+            members, current, beyond = np.array([first]), np.array([math.inf]), (-1.0, 0)
+            if left[stratum] and (picks or int(of[first]) != stratum):
+                mine_open = unpicked[local] & (of[local] == stratum)
+                mine_open &= (torch.tensor(room) > 0)[group[local]]
+                members, current, beyond = self._offer(local[mine_open], squared[mine_open], size)
+            if left[stratum] == 0 or not len(members):
                 spare, left[stratum] = left[stratum], 0
                 stratum = (stratum + 1) % len(left)
                 left[stratum] += spare
                 continue
-            if picks:
-                mine_open = is_open[local]
-                members, current, beyond = self._offer(local[mine_open], squared[mine_open], size)
-            else:
-                members, current, beyond = np.array([first]), np.array([math.inf]), (-1.0, 0)
             pool = self._share(pool, members, local, rows)
-            new, new_at = _greedy(pool, current, beyond, group, room, left[stratum])
+            pair = self._pairs(pool.rows) if len(members) > 1 else np.zeros((1, 1))
+            new, new_at = _greedy(pool.members, pair, current, beyond, group, room, left[stratum])
             picks += pool.members[new].tolist()
             at += new_at
             left[stratum] -= len(new)
             unpicked[pool.members[new]] = False
-            size = min(max(4 * len(new), _LEAST), POOL)
+            size = min(max(4 * len(new), _LEAST), self.pool)
             self._shrink(squared, rows, pool.rows[new], unpicked, local, of, stratum, across_strata)
             self.rounds += 1
         distance = torch.full((n,), math.nan)
@@ -167,11 +171,19 @@ class Shard:
         out[ours.to(out.device)] = rows[torch.searchsorted(local, place[ours]).to(out.device)]
         fresh = torch.from_numpy(~known).to(out.device)
         if not known.all():
-            out[fresh] = self.line.add_rows(self.step, "farthest: rows", out[fresh])
+            out[fresh] = self.line.add_rows("farthest: rows", out[fresh])
         if known.any():
             old = torch.from_numpy(np.searchsorted(pool.members, members[known])).to(out.device)
             out[~fresh] = pool.rows[old]
         return _Pool(members, out)
+
+    def _pairs(self, rows: Tensor) -> np.ndarray:
+        """(p, p) float32 squared distances inside a pool, every row of them from one rank."""
+        pair = rows.new_zeros(len(rows), len(rows))
+        for i in range(self.line.rank, len(rows), self.line.world):
+            pair[i] = nearest_squared(rows, rows[i : i + 1])
+        whole: np.ndarray = self.line.add_rows("farthest: pairs", pair).cpu().numpy()
+        return whole
 
     def _shrink(
         self,
@@ -224,7 +236,7 @@ def hold(
         ours = torch.isin(wanted, mine)
         place = torch.searchsorted(mine, wanted[ours]).to(rows.device)
         sent[ours.to(rows.device)] = rows[place]
-        sent = line.add_rows(step, "farthest: twins", sent)
+        sent = line.add_rows("farthest: twins", sent)
     source = first[mine]
     here = torch.isin(source, mine)
     out = rows.clone()
@@ -260,7 +272,8 @@ def _usable(line: Line, step: int, mine: Tensor, rows: Tensor, n: int) -> Tensor
 
 
 def _greedy(
-    pool: _Pool,
+    members: np.ndarray,
+    pair: np.ndarray,
     current: np.ndarray,
     beyond: tuple[float, int],
     group: Tensor,
@@ -269,7 +282,7 @@ def _greedy(
 ) -> tuple[list[int], list[float]]:
     """Picks inside the pool (places in it) until it is beaten from outside or a group is full."""
     current = current.astype(np.float32)
-    index, groups = pool.members.tolist(), group[torch.from_numpy(pool.members)].tolist()
+    index, groups = members.tolist(), group[torch.from_numpy(members)].tolist()
     new: list[int] = []
     at: list[float] = []
     while True:
@@ -281,7 +294,6 @@ def _greedy(
         room[groups[best]] -= 1
         if room[groups[best]] == 0 or len(new) == min(most, len(index)):
             break
-        pair = nearest_squared(pool.rows, pool.rows[best : best + 1]).cpu().numpy()
-        current = np.minimum(current, pair)
+        current = np.minimum(current, pair[best])
         current[new] = -1.0
     return new, at
