@@ -181,8 +181,9 @@ class SelectionConfig(Section):
     budgets: Literal["sampled", "expected"] = "sampled"
     """Budget per stratum: counted from a Gumbel top-M draw, or its expectation rounded."""
     preset: Literal["measured", "paper"] = "measured"
-    """Where slap's settings that are not given come from. measured: what docs/experiments.md supports
-    (temperature 3, sketches of unit length); paper: our reading of the paper (1, as they are)."""
+    """Where slap's settings that are not given come from. measured: what docs/experiments.md
+    supports (temperature 3, sketches of unit length); paper: our reading of the paper (temperature
+    1, sketches as they are)."""
     temperature: float | None = Field(None, gt=0)
     """Divides the losses in softmax(loss / temperature); nats per token; default: the preset's."""
     reweight: Literal["none", "inverse"] = "none"

@@ -43,11 +43,14 @@ SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
         strata=options["strata"],
         strata_by=options["strata_by"],
         budgets=options["budgets"],
-        temperature=options["temperature"],
+        temperature=options["temperature"] or SLAP_TEMPERATURE[options["preset"]],
         across_strata=options["across_strata"],
+        reweight=options["reweight"],
     ),
     "uds": lambda options: Uds(**options["uds"]),
 }
+
+SLAP_TEMPERATURE = {"measured": 3.0, "paper": 1.0}
 
 
 def make_selector(options: Mapping[str, Any]) -> Selector:

@@ -10,7 +10,7 @@ import torch
 from torch import Generator
 
 from slap_ds.ops import FarthestPoints, farthest_point
-from slap_ds.selection.base import ScoredBatch, Selection, Signal, Stateless, unweighted
+from slap_ds.selection.base import ScoredBatch, Selection, Signal, Stateless
 from slap_ds.selection.strata import assign_strata, expected_budgets, sampled_budgets
 
 
@@ -20,13 +20,17 @@ class Slap(Stateless):
 
     The first pick of the first stratum with a budget is random; every further one is the point of
     its stratum farthest from all picks so far (of its own stratum's with `across_strata` False).
+
+    With `reweight` inverse a pick weighs its stratum's size over the number of its picks, the
+    inverse probability of a uniform draw inside the stratum, scaled to mean 1.
     """
 
     strata: int = 4
     strata_by: Literal["quantile", "width"] = "quantile"
     budgets: Literal["sampled", "expected"] = "sampled"
-    temperature: float = 1.0
+    temperature: float = 3.0
     across_strata: bool = True
+    reweight: Literal["none", "inverse"] = "none"
     farthest: Callable[..., FarthestPoints] = farthest_point  # or the sharded one of the same picks
     takes_quotas = True
     needs: frozenset[Signal] = frozenset({"loss", "sketch"})
@@ -52,8 +56,11 @@ class Slap(Stateless):
             groups=batch.groups,
             quotas=batch.quotas,
         )
-        return unweighted(
-            points.picks,
-            strata_sizes=torch.bincount(strata, minlength=k).tolist(),
-            strata_budgets=share.tolist(),
-        )
+        sizes = torch.bincount(strata, minlength=k)
+        weights = torch.ones(len(points.picks), dtype=torch.float32)
+        if self.reweight == "inverse":
+            home = strata[points.picks.cpu()]
+            weights = (sizes / torch.bincount(home, minlength=k))[home].float()
+            weights /= weights.mean()
+        stats = {"strata_sizes": sizes.tolist(), "strata_budgets": share.tolist()}
+        return Selection(points.picks, weights, stats)

@@ -103,3 +103,13 @@ def test_deepspeed_autos_are_filled_and_contradictions_listed(tmp_path):
         resolve_deepspeed(config, 4, 64)
     for part in ("bf16.enabled is True", "optimizer and scheduler belong", 'wat is "auto"'):
         assert part in str(caught.value)
+
+
+def test_slap_alone_takes_unit_sketches_unless_told_otherwise():
+    def norm(*overrides):
+        return read_config(DEMO, overrides).resolved_scoring.sketch_norm
+
+    assert norm() == "unit"
+    assert norm("--selection.preset", "paper") == "none"
+    assert norm("--selection.method", "grand") == "none"
+    assert norm("--selection.preset", "paper", "--scoring.sketch_norm", "unit") == "unit"

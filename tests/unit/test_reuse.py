@@ -90,7 +90,7 @@ def make_batch(n, seed):
 
 
 OPTIONS = {"strata": 4, "strata_by": "quantile", "budgets": "sampled"}
-OPTIONS |= {"temperature": 1.0, "across_strata": True}
+OPTIONS |= {"temperature": 1.0, "across_strata": True, "reweight": "none"}
 
 
 @pytest.mark.parametrize("method", ["slap", "hard"])

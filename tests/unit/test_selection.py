@@ -16,7 +16,9 @@ OPTIONS = {
     "strata_by": "quantile",
     "budgets": "sampled",
     "temperature": 1.0,
+    "preset": "measured",
     "across_strata": True,
+    "reweight": "none",
 }
 losses = st.lists(st.floats(0, 12, width=32), min_size=1, max_size=40).map(torch.tensor)
 
@@ -168,3 +170,24 @@ def test_unknown_method_lists_the_known():
         ValueError, match=r"slapp.*full, grand, greats, hard, infobatch, k_center, "
     ):
         make_selector({**OPTIONS, "method": "slapp"})
+
+
+def test_inverse_weights_restore_the_share_of_every_stratum():
+    batch = make_batch(64)
+    options = {**OPTIONS, "method": "slap", "budgets": "expected", "reweight": "inverse"}
+    chosen = select(make_selector(options), batch, 24, generator())
+    strata = assign_strata(batch.loss, 4, "quantile")
+    # By hand: 16 of 64 candidates are in each stratum, so each must carry a quarter of the weight.
+    carried = torch.zeros(4).index_add_(0, strata[chosen.picks], chosen.weights)
+    assert carried.tolist() == pytest.approx([6.0] * 4, rel=1e-6)
+    assert len(set(chosen.stats["strata_budgets"])) > 1
+    plain = select(make_selector({**options, "reweight": "none"}), batch, 24, generator())
+    assert plain.picks.equal(chosen.picks)
+    assert plain.weights.eq(1).all()
+
+
+@pytest.mark.parametrize(("preset", "temperature"), [("measured", 3.0), ("paper", 1.0)])
+def test_a_preset_gives_what_is_not_given(preset, temperature):
+    options = {**OPTIONS, "method": "slap", "preset": preset}
+    assert make_selector({**options, "temperature": None}).temperature == temperature
+    assert make_selector({**options, "temperature": 7.0}).temperature == 7.0
