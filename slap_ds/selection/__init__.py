@@ -21,6 +21,8 @@ from slap_ds.selection.simple import Easy, El2n, Full, Hard, Random
 from slap_ds.selection.slap import Slap
 from slap_ds.selection.uds import Uds
 
+SLAP_TEMPERATURE: dict[str, float] = {"measured": 3.0, "paper": 1.0}
+
 SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
     "adacore": lambda options: AdaCore(),
     "ccs": lambda options: Ccs(**options["ccs"]),
@@ -49,8 +51,6 @@ SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
     ),
     "uds": lambda options: Uds(**options["uds"]),
 }
-
-SLAP_TEMPERATURE = {"measured": 3.0, "paper": 1.0}
 
 
 def make_selector(options: Mapping[str, Any]) -> Selector:
