@@ -4,8 +4,9 @@
 
 Kinds: kill, stop (frozen), slow (half a second), term (SIGTERM), usr1, orphan (its launcher is
 killed), raise, nan, oom, host_oom, skip (the collective is left out), picks (other picks than rank
-0's). Sites: score, forward, backward, step, all_gather, scatter, save. Only the given attempt of a
-supervised run is hit: the first unless told; `*`: every one.
+0's). Sites: score, forward, backward, step, all_gather, scatter, agree (on the picks),
+save, visible. Only the given attempt of a supervised run is hit, the first unless told; `*`: every
+one.
 
 Normal runs do not import this module, and nothing in the package calls it.
 """
@@ -34,6 +35,7 @@ SITES: dict[str, tuple[Any, str]] = {
     "step": (DeepSpeedEngine, "_step"),
     "all_gather": (Comm, "_all_gather"),
     "scatter": (Comm, "broadcast_picks"),
+    "agree": (Comm, "agree_picks"),
     "save": (DeepSpeedEngine, "save"),
     "visible": (Saver, "wait"),
 }
@@ -118,8 +120,10 @@ def _host_oom(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     torch.empty(1 << 50, dtype=torch.uint8)  # a petabyte: refused by every machine
 
 
-def _skip(inner: Callable[..., Any], comm: Comm, mine: torch.Tensor, *rest: Any) -> Any:
-    return mine.expand(comm.world, *mine.shape).clone()
+def _skip(inner: Callable[..., Any], comm: Comm, first: Any, *rest: Any) -> Any:
+    if inner.__name__ == "agree_picks":
+        return rest[0]
+    return first.expand(comm.world, *first.shape).clone()
 
 
 def _picks(inner: Callable[..., Any], comm: Comm, step: int, selection: Any) -> Any:

@@ -76,7 +76,7 @@ def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
 
     alone = comm.world == 1
     if isinstance(error, OtherRankFailed):
-        dog.end(USER_ERROR, str(error))
+        dog.end(LOST_PEER, str(error))
     if isinstance(error, (ValueError, FileNotFoundError, RankError)):
         dog.record(USER_ERROR, str(error))
         if alone or dog.heart.step < 0:
