@@ -26,6 +26,10 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--format", help="format of the rows (default: recognised)")
     evaluate.add_argument("--max-tokens", type=_positive, help="longest row (default: the run's)")
     evaluate.add_argument("--dtype", choices=["float32", "bfloat16"])
+    harness = evaluate.add_argument_group("lm-evaluation-harness, instead of the above")
+    harness.add_argument("--lm-eval", metavar="TASKS", help="names or .yaml files, with commas")
+    harness.add_argument("--lm-eval-limit", type=_positive, metavar="N", help="rows of each task")
+    harness.add_argument("--lm-eval-chat", action="store_true", help="use the chat template")
     compared = evaluate.add_argument_group("pairwise judging by a model")
     compared.add_argument("--judge", metavar="URL", help="an OpenAI-compatible chat endpoint")
     compared.add_argument("--judge-model", metavar="NAME")
@@ -56,6 +60,9 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     target = Path(options.target)
     endpoint = _endpoint(options)
     out = Path(options.out) if options.out else None
+    if options.lm_eval:
+        _harness(options, target, out)
+        return
     settings: dict[str, Any] = {
         name: getattr(options, name) for name in ("template", "format", "max_tokens", "dtype")
     }
@@ -75,6 +82,21 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
         write_json(out / "judge.json", {"against": options.against, **judged})
         show_judged(judged, Console())
         print(f"wrote {out / 'judge.json'} and {out / 'judgements.jsonl'}")
+
+
+def _harness(options: argparse.Namespace, target: Path, out: Path | None) -> None:
+    from rich.console import Console
+
+    from slap_ds.evaluation.evaluate import write_json
+    from slap_ds.evaluation.harness import run_harness, show_harness
+    from slap_ds.evaluation.subject import whole_folder
+
+    with whole_folder(target, out) as folder:
+        found = run_harness(folder, options.lm_eval, options.lm_eval_limit, options.lm_eval_chat)
+    path = (out or target / "eval") / "lm_eval.json"
+    write_json(path, {"target": str(target), **found})
+    show_harness(found, Console())
+    print(f"wrote {path}")
 
 
 def _endpoint(options: argparse.Namespace) -> Endpoint | None:

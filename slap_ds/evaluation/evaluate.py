@@ -102,7 +102,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Written aside and renamed, so that a visible file is a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    temporary.write_text(
+        json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8"
+    )
     os.replace(temporary, path)
 
 

@@ -26,6 +26,8 @@ from slap_ds.export import export
 from slap_ds.models.load import DTYPES, load_config
 from slap_ds.models.lora import load_adapted, merged
 
+ADAPTER = "adapter_config.json"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -53,6 +55,10 @@ def is_run(target: Path) -> bool:
     return (target / "checkpoints").is_dir() or (target / "config.yaml").is_file()
 
 
+def is_model(target: Path) -> bool:
+    return (target / "config.json").is_file() or (target / ADAPTER).is_file()
+
+
 @contextmanager
 def open_subject(
     target: Path, out: Path | None, data: Sequence[str], settings: Mapping[str, Any]
@@ -70,27 +76,38 @@ def open_subject(
         ValueError: no evaluation data are named.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    has_config = (target / "config.json").is_file()
-    has_adapter = (target / "adapter_config.json").is_file()
-    if not is_run(target) and not has_config and not has_adapter:
+    if not is_run(target) and is_model(target) and not data:
+        raise ValueError("a model folder has no evaluation data of its own: name them with --data")
+    with whole_folder(target, out) as folder:
+        of_target = _of_run if is_run(target) else _of_model
+        yield of_target(target, folder, out, data, given)
+
+
+@contextmanager
+def whole_folder(target: Path, out: Path | None) -> Iterator[Path]:
+    """A Hugging Face folder with all weights of a run or model; it may be gone afterwards.
+
+    Raises:
+        FileNotFoundError: `target` is neither a run nor a model.
+    """
+    if not is_run(target) and not is_model(target):
         raise FileNotFoundError(
             f"{str(target)!r} is neither a run (no checkpoints) nor a Hugging Face model folder "
             "(no config.json)"
         )
-    if not is_run(target) and not data:
-        raise ValueError("a model folder has no evaluation data of its own: name them with --data")
-    if not is_run(target) and not has_adapter:
-        yield _of_model(target, target, out, data, given)
+    if not is_run(target) and not (target / ADAPTER).is_file():
+        yield target
         return
     # Beside the results, not in /tmp, which may not have room for a model.
     room = out or target
     room.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=room, prefix=".model-") as name:
         if is_run(target):
-            yield _of_run(target, Path(name), out, data, given)
+            lora = read_config(str(target / "config.yaml")).model.lora
+            export(target, Path(name), merge=lora is not None)
         else:
             _merge(target, Path(name))
-            yield _of_model(target, Path(name), out, data, given)
+        yield Path(name)
 
 
 def _merge(adapter: Path, folder: Path) -> None:
@@ -106,7 +123,6 @@ def _of_run(
     run: Path, folder: Path, out: Path | None, data: Sequence[str], given: Mapping[str, Any]
 ) -> Subject:
     saved = read_config(str(run / "config.yaml"))
-    export(run, folder, merge=saved.model.lora is not None)
     step = json.loads((folder / "slap_ds.json").read_text("utf-8"))["step"]
     files = list(data) or saved.data.eval
     if not files:
