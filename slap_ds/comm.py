@@ -258,8 +258,9 @@ def _code(phase: str) -> int:
 
 def _pack(scores: Scores) -> Tensor:
     """The bytes of a rank's share: 8-byte numbers first, the sketch in the dtype it has."""
-    count = torch.tensor([scores.diagonal_tokens], device=scores.positions.device)
-    parts = [count, scores.positions, scores.tokens, scores.loss.float()]
+    device = scores.loss.device  # positions come from the rows, which stay on the CPU
+    count = torch.tensor([scores.diagonal_tokens], device=device)
+    parts = [count, scores.positions.to(device), scores.tokens, scores.loss.float()]
     if scores.diagonal is not None:
         parts.append(scores.diagonal.float())
     if scores.extras is not None:
