@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -68,6 +69,8 @@ class TrainStats:
     grad_norm: float  # before clipping, of the whole model
     seconds: dict[str, float]  # forward_s, backward_s, optimizer_s
     boundary_bytes: int = 0  # forward reuse: block inputs this rank held at once
+    # Positions in the candidate batch of samples in rows whose loss is NaN or infinite.
+    broken: tuple[int, ...] = ()
 
 
 class Engine(ABC):
@@ -120,12 +123,12 @@ class Engine(ABC):
         if replay:
             self._inputs().start_replay(rows)
         watch = Stopwatch(self.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        losses: list[Tensor] = []
         for i, row in enumerate(rows):
             self.heart.beat("training a row")
             with watch("forward"):
                 part = self._forward(row.to(self.device), "train", None)
-            loss += part.detach()
+            losses.append(part.detach().double())
             with watch("backward"):
                 self._backward(part, total_weight, last=i == len(rows) - 1)
         self.heart.beat("optimizer step")
@@ -135,7 +138,16 @@ class Engine(ABC):
         if replay:
             boundary_bytes = self._inputs().peak_bytes
             self._inputs().stop()
-        return TrainStats(float(loss), grad_norm, watch.seconds(), boundary_bytes)
+        each = torch.stack(losses).tolist()
+        bad = [row.where for row, loss in zip(rows, each, strict=True) if not math.isfinite(loss)]
+        broken = tuple(itertools.chain.from_iterable(bad))
+        return TrainStats(
+            math.fsum(each) if not bad else math.nan,
+            grad_norm,
+            watch.seconds(),
+            boundary_bytes,
+            broken,
+        )
 
     @property
     def can_reuse(self) -> bool:
@@ -157,7 +169,11 @@ class Engine(ABC):
     def _backward(self, loss: Tensor, total_weight: float, last: bool) -> None: ...
 
     @abstractmethod
-    def _step(self) -> float: ...
+    def _step(self) -> float:
+        """The optimizer's step; returns the gradients' norm before clipping.
+
+        Gradients that are NaN or infinite change nothing, on any rank; the norm is then inf.
+        """
 
     @abstractmethod
     def save(self, folder: Path, writer: TensorWriter) -> None:
@@ -214,9 +230,11 @@ class TorchEngine(Engine):
     def _step(self) -> float:
         limit = self.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(trainable(self.model), limit)
-        self.optimizer.step()
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return float(norm) if finite else math.inf
 
     def save(self, folder: Path, writer: TensorWriter) -> None:
         model = self.model.lm.state_dict()
@@ -264,6 +282,8 @@ class DeepSpeedEngine(Engine):
             # transformers looks for a living config object and then partitions while loading;
             # zero.Init around from_config fails.
             self._partitioner = HfDeepSpeedConfig(settings)
+        if settings.get("bf16", {}).get("enabled"):
+            settings["bf16"].setdefault("check_grad_overflow", True)
         lm = _load(config, model_config)
         inputs = _prepare_blocks(config, lm)
         self.partitioned = settings["zero_optimization"].get("stage") == 3
@@ -333,6 +353,12 @@ class DeepSpeedEngine(Engine):
         self.engine.backward(loss * (self.world / total_weight), scale_wrt_gas=False)
 
     def _step(self) -> float:
+        # ZeRO 1 to 3 skip such a step themselves. Without ZeRO every rank holds all gradients.
+        if self.settings["zero_optimization"].get("stage", 0) == 0:
+            gradients = [p.grad for p in trainable(self.model) if p.grad is not None]
+            if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+                self.engine.optimizer.zero_grad()
+                return math.inf
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return math.nan if norm is None else float(norm)

@@ -6,6 +6,7 @@ A resumed run drops the lines of steps it is going to repeat, so a file never ho
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,12 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        # A loss that is NaN is no JSON; readers get null.
+        known = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(known, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

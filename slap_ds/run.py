@@ -59,6 +59,7 @@ class Run:
     selector: Selector
     start_step: int = 0
     step: int = 0  # the one in progress
+    skipped: int = 0  # steps in a row, up to now, whose loss or gradients were not finite
     totals: dict[str, float] = field(default_factory=dict)  # sums over all steps, kept on resume
 
     saver: checkpoints.Saver = field(init=False)

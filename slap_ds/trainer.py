@@ -46,6 +46,7 @@ def train(run: Run) -> None:
     by_sample = None
     if writer and config.evaluation.keep_losses:
         by_sample = JsonLines(run.run_dir / "eval_samples.jsonl", run.start_step)
+    quarantine = JsonLines(run.run_dir / "quarantine.jsonl", run.start_step) if writer else None
     progress = Progress(steps, run.start_step, visible=writer)
 
     def log_evaluation(step: int) -> None:
@@ -70,6 +71,10 @@ def train(run: Run) -> None:
             run.step = step
             batch = CandidateBatch(run.inputs.train, next(run.stream))
             selection, record = train_step(run, step, batch)
+            broken = record.pop("quarantine")
+            if quarantine is not None:
+                for number, reason in broken:
+                    quarantine.write({"step": step, "id": number, "reason": reason})
             if metrics is not None and picked is not None:
                 ids = batch.sample_ids[selection.picks.numpy()].tolist()
                 picked.write({"step": step, "ids": ids, "weights": selection.weights.tolist()})
@@ -144,6 +149,7 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
             lr = learning_rate(step, len(run.stream), config)
             stats = engine.train(rows, total_weight, lr, replay=reuse)
     seconds = {**watch.seconds(), **stats.seconds}
+    quarantine = _broken_scores(batch, scored)
     loss, loads, lags, stop = _totals(comm, step, stats.loss, int(batch.lengths[mine].sum()))
     record = {
         "event": "train",
@@ -166,6 +172,11 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
         **_slowest(lags),
         **selection.stats,
     }
+    run.skipped = run.skipped + 1 if _is_skipped(loss, stats.grad_norm) else 0
+    if run.skipped:
+        record["skipped"] = True
+        quarantine += _broken_rows(run, step, batch, picks, stats.broken)
+    record["quarantine"] = quarantine
     if stop:
         record["stop"] = True
     if scored is not None:
@@ -177,6 +188,52 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
         run.totals[key] = run.totals.get(key, 0.0) + float(record.get(key, 0.0))
     record["total"] = dict(run.totals)
     return selection, record
+
+
+def _is_skipped(loss: float, grad_norm: float) -> bool:
+    """Whether the engines left the weights as they were; the same on every rank."""
+    return not math.isfinite(loss) or math.isinf(grad_norm)
+
+
+def _broken_scores(batch: CandidateBatch, scored: ScoredBatch | None) -> list[tuple[int, str]]:
+    """(sample id, reason) of the candidates that no selector gets to see."""
+    if scored is None:
+        return []
+    index = (~scored.usable()).nonzero()[:, 0].tolist()
+    return [
+        (
+            int(batch.sample_ids[i]),
+            f"not selected: loss {float(scored.loss[i])}, or its sketch is not finite",
+        )
+        for i in index
+    ]
+
+
+def _broken_rows(
+    run: Run, step: int, batch: CandidateBatch, picks: Positions, mine: tuple[int, ...]
+) -> list[tuple[int, str]]:
+    """(sample id, reason) of the samples because of which a step changed nothing.
+
+    Those in rows whose loss is not finite, on any rank; all that were to be trained where only
+    gradients are not. All ranks call this.
+
+    Raises:
+        ValueError: it is the third such step in a row.
+    """
+    ids = [int(batch.sample_ids[i]) for i in mine]
+    told = run.comm.texts(step, "samples without a finite loss", strict_json.dumps(ids))
+    known = sorted({number for text in told for number in strict_json.loads(text)})
+    reason = "step skipped: the loss of its row is not finite"
+    if not known:
+        known = sorted(batch.sample_ids[picks].tolist())
+        reason = "step skipped: the gradients of the step are not finite"
+    if run.skipped >= 3:
+        raise ValueError(
+            f"{run.skipped} steps in a row without finite loss and gradients, the last one with "
+            f"sample ids {known[:5]}: the model has diverged (lower optimizer.lr) or its weights "
+            "are broken"
+        )
+    return [(number, reason) for number in known]
 
 
 def save(run: Run, step: int) -> None:
