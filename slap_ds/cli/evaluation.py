@@ -1,4 +1,4 @@
-"""eval, curate: what a model has learnt, and what is worth learning."""
+"""eval, losses, curate: what a model has learnt, and what is worth learning."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ def add(commands: Commands) -> None:
     compared.add_argument("--judge-tries", type=_positive, default=6, help="of one request")
     compared.add_argument("--judge-workers", type=_positive, default=4, help="requests at a time")
     evaluate.set_defaults(run=_evaluate)
+
+    losses = commands.add_parser(
+        "losses", help="write each training sample's loss under a model", epilog=OVERRIDES
+    )
+    losses.add_argument("config", help="a run's; --model.path names the model")
+    losses.add_argument("--out", required=True, help="JSONL file, for selection.reference_losses")
+    losses.set_defaults(run=_losses, takes_overrides=True)
 
     curate = commands.add_parser(
         "curate", help="write the rows that a selection keeps, with their scores", epilog=OVERRIDES
@@ -122,6 +129,20 @@ def _endpoint(options: argparse.Namespace) -> Endpoint | None:
         options.judge_tries,
         workers=options.judge_workers,
     )
+
+
+def _losses(options: argparse.Namespace, rest: list[str]) -> None:
+    from slap_ds.config import read_config
+
+    config = read_config(options.config, rest)
+    from slap_ds.engine import start_ranks, stop_ranks
+    from slap_ds.evaluation.reference import write_losses
+
+    comm = start_ranks(config)
+    count = write_losses(config, Path(options.out), comm)
+    if count is not None:
+        print(f"wrote the losses of {count} samples to {options.out}")
+    stop_ranks(comm)
 
 
 def _curate(options: argparse.Namespace, rest: list[str]) -> None:

@@ -515,10 +515,10 @@ def nuclear_norms(
     """(n,) sum of the singular values of each sample's logits (T_i, V), its response tokens' alone.
 
     They are the roots of the eigenvalues of F F^T (T_i, T_i), which is added up over slices of the
-    vocabulary, no wider than a chunk's logits are large. In float64: in float32 roots below 3e-4 of
-    the largest would be rounding. Costs T E V + sum_i T_i^2 V multiply-adds and T_i^3 for the
-    eigenvalues; a slice and T_i^2 numbers of 8 bytes are held. NaN where logits are not finite.
-    Arguments as in `score_head`.
+    vocabulary, none with more numbers than the logits of a chunk. In float64, for in float32 roots
+    below 3e-4 of the largest would be rounding. Costs T E V + sum_i T_i^2 V multiply-adds and about
+    10 T_i^3 FLOPs for the eigenvalues; a slice and T_i^2 numbers of 8 bytes are held. NaN where
+    logits are not finite. Arguments as in `score_head`.
     """
     vocab = len(head.weight)
     norms = torch.full((samples,), torch.nan, dtype=head.acc, device=hidden.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def read_losses(path: Path) -> tuple[Tensor, Tensor]:
             try:
                 record = json.loads(line)
                 key, loss = record["id"], record["loss"]
-                if type(key) is not int or type(loss) not in (int, float) or loss != loss:
+                if type(key) is not int or not math.isfinite(loss):
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise ValueError(

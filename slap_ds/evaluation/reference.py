@@ -1,0 +1,51 @@
+"""The loss of every training sample under a model, as a file: the reference of rho_loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from slap_ds.comm import Comm
+from slap_ds.config import Config
+from slap_ds.evaluation.pass_ import score_pass
+from slap_ds.run import prepare
+
+
+def write_losses(config: Config, out: Path, comm: Comm) -> int | None:
+    """Score the config's training data with its model; all ranks call this.
+
+    A line a sample, `{"id": sample id, "loss": nats per response token}`, in the store's order.
+    Ids are those of a training run with the same data, template and data.max_tokens.
+
+    Returns: how many; None on all ranks but 0.
+
+    Raises:
+        ValueError: losses that are not finite, or what a run with this config raises.
+    """
+    scratch = out.with_name(f".{out.name}.run")
+    try:
+        raw = config.model_dump(mode="json") | {"run_dir": str(scratch)}
+        raw["selection"] = {"method": "full"}
+        run = prepare(Config.model_validate(raw), comm)
+        ids, losses = score_pass(run.engine, comm, run.inputs.train, config.score_row_tokens)
+        broken = int((~np.isfinite(losses)).sum())
+        if broken:
+            raise ValueError(
+                f"{broken} of {len(losses)} samples have a loss that is NaN or infinite under this "
+                "model: its weights are broken, or model.dtype is too narrow for them"
+            )
+        if comm.rank == 0:
+            part = out.with_name(f".{out.name}.part")
+            with part.open("w", encoding="utf-8") as file:
+                for key, loss in zip(ids.tolist(), losses.tolist(), strict=True):
+                    file.write(json.dumps({"id": key, "loss": loss}) + "\n")
+            os.replace(part, out)
+        comm.barrier(-1, "the file of losses")
+        return len(losses) if comm.rank == 0 else None
+    finally:
+        if comm.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
