@@ -28,7 +28,7 @@ from slap_ds.run import read_inputs
 from slap_ds.study.comparisons import compare_cells
 from slap_ds.study.plan import BASES, PLAIN, Cell, Study
 from slap_ds.study.results import collect
-from slap_ds.study.run import STUDY_FILE, read_outcome
+from slap_ds.study.run import STUDY_FILE, ratio_name, read_outcome, read_ratios
 from slap_ds.study.statistics import mean_interval
 
 Row = dict[str, Any]
@@ -183,7 +183,7 @@ def _coverage(out: Path, covered: Coverage, hungry: Sequence[Slice]) -> list[str
 
 def _study(folder: Path, out: Path) -> list[str]:
     study, outcome = read_outcome(folder)
-    rows = collect(folder, outcome.cells)
+    rows = sorted(collect(folder, outcome.cells), key=lambda row: _order(study, _cell(row)))
     if not rows:
         raise ValueError(f"{str(folder)!r} holds no finished cell yet")
     compared = compare_cells(study, folder, rows, outcome.matched)
@@ -203,7 +203,7 @@ def _study(folder: Path, out: Path) -> list[str]:
     parts += _quality(out, study, groups)
     parts += _against_strata(out, study, groups)
     parts += _differences(out, study, compared)
-    parts += _costs(out, study, groups)
+    parts += _costs(out, folder, study, groups)
     parts += _losses(out, folder, groups)
     return parts + _study_slices(out, shares, hungry)
 
@@ -219,9 +219,22 @@ def _groups(rows: Sequence[Row]) -> Groups:
     return found
 
 
+def _order(study: Study, cell: Cell) -> tuple[Any, ...]:
+    variants = [PLAIN, *study.variants]
+    methods = list(study.methods)
+    return (
+        variants.index(cell.variant),
+        methods.index(cell.method),
+        -cell.keep,
+        cell.strata or 0,
+        cell.steps or 0,
+        cell.seed,
+    )
+
+
 def _label(group: tuple[str, float, int | None, str, int | None]) -> str:
     method, keep, strata, variant, _ = group
-    parts = [method] if keep == 1 else [method, f"{keep:.0%}"]
+    parts = [method] if keep == 1 else [method, f"keep {keep:.0%}"]
     parts += [f"K={strata}"] if strata is not None else []
     parts += [f"({variant})"] if variant != PLAIN else []
     return " ".join(parts)
@@ -293,7 +306,7 @@ def _against_strata(out: Path, study: Study, groups: Groups) -> list[str]:
             k = strata if strata is not None else _setting(rows[0], "selection.strata")
             if method in varied and k is not None:
                 point = (float(k), *_interval(rows, column))
-                lines.setdefault(f"{method} {keep:.0%}", {})[k] = point
+                lines.setdefault(f"{method} keep {keep:.0%}", {})[k] = point
         panels[name] = {
             line: [points[k] for k in sorted(points)]
             for line, points in lines.items()
@@ -357,7 +370,7 @@ def _differences(out: Path, study: Study, compared: Sequence[Row]) -> list[str]:
     return [*parts, paragraph(note), table(header, body)]
 
 
-def _costs(out: Path, study: Study, groups: Groups) -> list[str]:
+def _costs(out: Path, folder: Path, study: Study, groups: Groups) -> list[str]:
     plain = {g: r for g, r in groups.items() if g[3] == PLAIN and g[4] is None}
     bars = {
         _label(group): _flops({k: float(np.mean([r[k] for r in rows])) for k in _COSTS})
@@ -381,11 +394,19 @@ def _costs(out: Path, study: Study, groups: Groups) -> list[str]:
                 "scoring": mean["score_s"],
                 "selection": mean["selection_s"],
             }
-        path = figures.bars(out / "seconds.png", seconds, x="seconds / the reference's", line=1)
+        alternating = read_ratios(folder)
+        marks = {
+            _label(group): alternating[name]
+            for group, rows in plain.items()
+            if (name := ratio_name(_cell(rows[0]))) in alternating
+        }
+        path = figures.bars(
+            out / "seconds.png", seconds, x="seconds / the reference's", line=1, marks=marks
+        )
         caption = (
             "Seconds in steps against the reference's, as the runs took them; runs side by side "
-            "on one machine disturb each other. Runs matched in seconds use the ratio of "
-            "alternating steps."
+            "on one machine disturb each other. Diamonds: the ratio of steps taken in turn on one "
+            "engine, which runs matched in seconds go by."
         )
         parts.append(figure(path, caption))
     return parts

@@ -155,7 +155,7 @@ def starved(slices: Sequence[Slice], share: float) -> list[Slice]:
 
 
 def script_of(text: str) -> str:
-    """The script that most of the text's letters belong to."""
+    """CJK where it has 30 % of the letters, each of which says more; else what most belong to."""
     counts: dict[str, int] = {}
     for letter in filter(str.isalpha, text):
         code = ord(letter)
@@ -163,11 +163,13 @@ def script_of(text: str) -> str:
             (s for s, spans in SCRIPTS.items() if any(a <= code <= b for a, b in spans)), "other"
         )
         counts[name] = counts.get(name, 0) + 1
+    if counts.get("CJK", 0) >= 0.3 * sum(counts.values()) > 0:
+        return "CJK"
     return max(counts, key=lambda name: counts[name]) if counts else "other"
 
 
 def label_samples(inputs: Inputs) -> Labels:
-    """Task, source, language as the rows say them; script and length as the samples show them."""
+    """Task, source, language as the rows say them; script of the trained tokens; length."""
     store = inputs.train
     kinds: dict[str, tuple[list[str], Int64]] = {}
     for kind, label in (("task", "task"), ("source", "source"), ("language", "lang")):
@@ -179,7 +181,9 @@ def label_samples(inputs: Inputs) -> Labels:
     names = [*SCRIPTS, "other"]
     scripts = np.full(len(store), -1, dtype=np.int64)
     for i in generator.permutation(len(store))[:MAX_DECODED]:
-        scripts[i] = names.index(script_of(_text(inputs, int(i))))
+        sample = store[int(i)]  # its trained tokens: the template's words are no language
+        answer = inputs.tokenizer.decode(sample.ids[sample.mask], skip_special_tokens=True)
+        scripts[i] = names.index(script_of(answer))
     kinds["script"] = names, scripts
     lengths = np.asarray(store.lengths)
     ends = np.unique(np.quantile(lengths, np.linspace(0.1, 1, 10), method="higher"))

@@ -89,26 +89,29 @@ def lines_with_intervals(
             if not math.isnan(low):
                 axis.axhspan(low, high, color=GREY, alpha=0.15, linewidth=0)
         for i, (name, points) in enumerate(lines.items()):
-            at, mean, low, high = (np.asarray(v, dtype=float) for v in zip(*points, strict=True))
+            at, height, bottom, top = np.asarray(points, dtype=float).T
             # Side by side, or error bars at the same x would hide each other.
             shift = (i - (len(lines) - 1) / 2) * 0.05
             at = at * 2**shift if log_x else at + shift * step
-            error = np.nan_to_num(np.stack([mean - low, high - mean]))
-            axis.errorbar(at, mean, error, label=name, capsize=2, markersize=4.5, **looks[name])
+            error = np.nan_to_num(np.stack([height - bottom, top - height]))
+            axis.errorbar(at, height, error, label=name, capsize=2, markersize=4.5, **looks[name])
         if log_x:
             axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
+        axis.margins(x=0.08 if len(ticks) > 1 else 1.5)
         axis.set_title(title)
         axis.set_xlabel(x)
-    axes[0].set_ylabel(y)
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(y)
     _legend_below(figure, axes[0], len(names) + len(band_names))
     return save(figure, path)
 
 
 def _legend_below(figure: Any, axis: Any, count: int) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(count, 7))
+    columns = max(1, int(figure.get_figwidth() / 1.9))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(count, columns))
 
 
 def differences(path: Path, rows: Sequence[Mapping[str, Any]], margin: float, title: str) -> Path:
@@ -116,7 +119,7 @@ def differences(path: Path, rows: Sequence[Mapping[str, Any]], margin: float, ti
     bases = list(dict.fromkeys(row["basis"] for row in rows))
     looks = style(["candidates", "samples", "flops", "seconds"])
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    figure, axis = plt.subplots(figsize=(7.2, 1.3 + 0.24 * len(rows) + 0.12 * len(labels)))
+    figure, axis = plt.subplots(figsize=(7.2, 1.3 + 0.19 * len(rows) + 0.12 * len(labels)))
     axis.axvline(0, color="black", linewidth=0.8)
     axis.axvline(margin, color=GREY, linestyle="--", label=f"margin {margin:g}")
     at, ticks = 0.0, []
@@ -152,9 +155,17 @@ def differences(path: Path, rows: Sequence[Mapping[str, Any]], margin: float, ti
 
 
 def bars(
-    path: Path, parts: Mapping[str, Mapping[str, float]], *, x: str, line: float | None = None
+    path: Path,
+    parts: Mapping[str, Mapping[str, float]],
+    *,
+    x: str,
+    line: float,
+    marks: Mapping[str, float] | None = None,
 ) -> Path:
-    """Stacked horizontal bars: bar -> part -> length; `line` marks what they are measured by."""
+    """Stacked horizontal bars: bar -> part -> length; `line` is what they are measured by.
+
+    `marks`: bar -> another measurement of its length.
+    """
     kinds = list(dict.fromkeys(kind for bar in parts.values() for kind in bar))
     looks = style(kinds)
     figure, axis = plt.subplots(figsize=(7.2, 1.2 + 0.3 * len(parts)))
@@ -164,9 +175,18 @@ def bars(
         axis.barh(list(parts), values, left=start, label=kind, color=looks[kind]["color"])
         start += values
     for i, total in enumerate(start):
-        axis.text(total, i, f" {total:.2f}", va="center", fontsize=8)
-    if line is not None:
-        axis.axvline(line, color="black", linewidth=0.8, linestyle="--")
+        axis.text(
+            total + 0.01 * start.max(),
+            i,
+            f"{total:.2f}",
+            va="center",
+            fontsize=8,
+            bbox={"color": "white", "pad": 0.5},
+        )
+    for i, name in enumerate(parts):
+        if marks and name in marks:
+            axis.plot(marks[name], i, "D", color="black", markeredgecolor="white")
+    axis.axvline(line, color="black", linewidth=0.8, linestyle="--", zorder=0.9)
     axis.set_xlim(0, float(start.max()) * 1.1)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
@@ -194,7 +214,8 @@ def loss_histograms(
         axis.set_title(title)
         axis.set_xlabel("loss, nats per token")
         axis.set_ylim(bottom=0)
-    axes[0].set_ylabel("share of them per nat")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("share of them per nat")
     _legend_below(figure, axes[0], 2)
     return save(figure, path)
 

@@ -73,7 +73,7 @@ def run_tasks(
 
 def _start(context: Any, work: Callable[[T], R]) -> _Worker[T]:
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(work, there, dict(os.environ)), daemon=True)
+    process = context.Process(target=_serve, args=(work, there, dict(os.environ)))
     process.start()
     there.close()
     return _Worker(process, here)

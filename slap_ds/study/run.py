@@ -237,8 +237,7 @@ def _ratios(
 ) -> dict[str, float]:
     """Seconds of a pruned step / a reference step, by `ratio_name`: given, measured before, or
     measured now."""
-    path = folder / "seconds.json"
-    known: dict[str, float] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    known = read_ratios(folder)
     configs: dict[str, Config] = {}
     for group in pruned_groups(study, cells):
         name = ratio_name(group[0])
@@ -257,7 +256,14 @@ def _ratios(
         if isinstance(result, Failure):
             raise ValueError(f"the steps could not be timed: {result.error}\n{result.trace}")
         known.update(result)
-    write_json(path, known)
+    write_json(folder / "seconds.json", known)
+    return known
+
+
+def read_ratios(folder: Path) -> dict[str, float]:
+    """Seconds of a pruned step / a reference step, by `ratio_name`, as far as they are known."""
+    path = folder / "seconds.json"
+    known: dict[str, float] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return known
 
 
