@@ -14,7 +14,9 @@ import yaml
 from slap_ds.cli import main
 from slap_ds.comm import Comm
 from slap_ds.curate import curate
+from slap_ds.data.reread import reread
 from slap_ds.data.stream import CandidateStream
+from slap_ds.data.templates import make_template
 from slap_ds.engine import start_ranks
 from slap_ds.metrics import read_lines
 from slap_ds.run import read_inputs
@@ -170,6 +172,26 @@ def test_the_file_is_training_data_again(model, tmp_path, data):
     main(["curate", again, "--out", str(tmp_path / "smaller.jsonl"), "--keep", "0.5"])
     assert len(rows_of(tmp_path / "smaller.jsonl")) == 30
     assert out.read_bytes() == first
+
+
+@pytest.mark.parametrize("change", ["another text", "a row less", "a row more"])
+def test_sources_that_change_meanwhile_are_noticed(change, model, tmp_path, data):
+    config, _ = make(model, tmp_path, data)
+    inputs = read_inputs(config)
+    template = make_template("auto", inputs.tokenizer)
+    settings = {"format": "auto", "template": template, "max_tokens": 256}
+    rows = reread(inputs.train, [str(data)], **settings, over_length="truncate")
+    assert [origin.position for origin in rows] == list(range(100))
+    lines = data.read_text("utf-8").split("\n")[:-1]
+    if change == "another text":
+        lines[40] = lines[41]
+    elif change == "a row less":
+        lines.pop()
+    else:
+        lines.append(lines[0])
+    data.write_text("\n".join(lines) + "\n", "utf-8")
+    with pytest.raises(ValueError, match="changed"):
+        list(reread(inputs.train, [str(data)], **settings, over_length="truncate"))
 
 
 def test_parquet_rows_keep_their_fields(model, tmp_path):

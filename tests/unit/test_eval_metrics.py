@@ -18,7 +18,7 @@ from slap_ds.evaluation.metrics import (
     sample_metrics,
     token_f1,
 )
-from slap_ds.evaluation.text import characters, language_of, words_like
+from slap_ds.evaluation.text import characters, language_of, needed, words_like
 
 
 def scored(*answers: Answer):
@@ -210,3 +210,8 @@ def test_the_task_chooses_the_metrics(task, names):
 def test_an_empty_answer_scores_zero(task):
     found = scored(Answer(task, ("a house",), ""))
     assert {entry["value"] for entry in found.values()} == {0}
+
+
+def test_a_missing_library_is_named():
+    with pytest.raises(ValueError, match=r"needs no_such_library: pip install 'slap_ds\[eval\]'"):
+        needed("no_such_library.metrics")
