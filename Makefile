@@ -3,6 +3,8 @@
 # make study-quick    a small grid of methods on the demo data, and its report (docs/studies.md)
 # make study          the study of the documentation; SLAP_DATA_DIR names the data
 # make test    install what the tests need and pass them all
+# make test-faults  kill, freeze and starve runs; writes the table in docs/reliability.md
+# make soak    MINUTES=20: a supervised run hurt at random, compared with an undisturbed one
 # make test-nodes   train over two nodes made of network namespaces (root; tests/nodes/install.sh)
 # make asan    the farthest-point op under AddressSanitizer
 # make gpu-check   on a CUDA machine: bit-equality, races, timings of the kernels
@@ -33,6 +35,15 @@ demo-smollm2: install
 
 test: install-test lint
 	$(BIN)/python -m pytest -m "not slow and not gpu and not nodes" tests
+
+test-faults: install-test
+	SLAP_FAULT_TABLE=benchmarks/results/faults.json $(BIN)/python -m pytest -m "faults or not faults" \
+	  tests/faults
+	$(BIN)/python tests/faults/table.py benchmarks/results/faults.json
+
+MINUTES ?= 20
+soak: install-test
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --json benchmarks/results/soak.json
 
 test-nodes: install-test
 	$(BIN)/python -m pytest -m nodes tests/nodes
