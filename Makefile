@@ -25,7 +25,7 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: demo demo-smollm2 study study-quick test test-nodes lint asan gpu-check install install-test clean
+.PHONY: demo demo-smollm2 study study-quick test test-faults soak test-nodes lint asan gpu-check install install-test clean
 
 demo: install
 	examples/demo.sh $(RANKS)
@@ -34,7 +34,8 @@ demo-smollm2: install
 	examples/demo_smollm2.sh $(RANKS)
 
 test: install-test lint
-	$(BIN)/python -m pytest -m "not slow and not gpu and not nodes" tests
+	$(BIN)/python -m pytest -m "not slow and not gpu and not nodes and not faults" \
+	  tests
 
 test-faults: install-test
 	SLAP_FAULT_TABLE=benchmarks/results/faults.json $(BIN)/python -m pytest -m "faults or not faults" \

@@ -3,8 +3,8 @@
     deepspeed --num_gpus 2 benchmarks/bench_reliability.py --json benchmarks/results/overhead.json
 
 Steps with and without take turns in one process group, on one engine, on the same candidate batch;
-the ratio is taken within each pair, and its median reported. "Without" replaces them here by nothing:
-no hash is exchanged, no stamp compared, no beat counted, and the watchdog's thread rests. The
+the ratio is taken within each pair, and its median reported. "Without" replaces them here by
+nothing: no hash is exchanged, no stamp compared, no beat counted, and the watchdog's thread rests. The
 exchanges whose values a step needs stay. The steps are the trainer's own `train_step`.
 """
 
