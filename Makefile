@@ -6,6 +6,8 @@
 # make test-faults  kill, freeze and starve runs; writes the table in docs/reliability.md
 # make soak    MINUTES=20: a supervised run hurt at random, compared with an undisturbed one
 # make test-nodes   train over two nodes made of network namespaces (root; tests/nodes/install.sh)
+# make fuzz N=100000      every reader of foreign input, on N inputs
+# make kill-saves N=200   runs killed while they save: what is left loads, and changes nothing
 # make asan    the farthest-point op under AddressSanitizer
 # make gpu-check   on a CUDA machine: bit-equality, races, timings of the kernels
 # Settings: TORCH (what to install), RANKS (default 2), JOBS of a study (default 2), PYTHON.
@@ -25,7 +27,7 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: demo demo-smollm2 study study-quick test test-faults soak test-nodes lint asan gpu-check install install-test clean
+.PHONY: demo demo-smollm2 study study-quick test test-faults soak test-nodes lint fuzz kill-saves asan gpu-check install install-test clean
 
 demo: install
 	examples/demo.sh $(RANKS)
@@ -64,6 +66,14 @@ lint: install-test
 
 asan: install-test
 	$(BIN)/python csrc/build.py --asan .cache/bounds && .cache/bounds
+
+fuzz: N ?= 100000
+fuzz: install-test
+	$(BIN)/python -m tests.fuzz.run --inputs $(N)
+
+kill-saves: N ?= 200
+kill-saves: install-test
+	$(BIN)/python -m tests.faults.kill_saves --kills $(N)
 
 gpu-check: install-test
 	$(BIN)/python tests/gpu/check.py --json benchmarks/results/farthest_point_cuda.json
