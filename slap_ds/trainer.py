@@ -146,7 +146,6 @@ def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, d
         with watch("train"):
             response = batch.response_tokens[picks]
             total_weight = float(response @ selection.weights.double().numpy())
-            lr = learning_rate(step, len(run.stream), config)
             stats = engine.train(rows, total_weight, lr, replay=reuse)
     seconds = {**watch.seconds(), **stats.seconds}
     quarantine = _broken_scores(batch, scored)
