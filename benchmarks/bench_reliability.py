@@ -4,8 +4,8 @@
 
 Steps with and without take turns in one process group, on one engine, on the same candidate batch;
 the ratio is taken within each pair, and its median reported. "Without" replaces them here by
-nothing: no hash is exchanged, no stamp compared, no beat counted, and the watchdog's thread rests. The
-exchanges whose values a step needs stay. The steps are the trainer's own `train_step`.
+nothing: no hash is exchanged, no stamp compared, no beat counted, and the watchdog's thread rests.
+The exchanges whose values a step needs stay. The steps are the trainer's own `train_step`.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def _parent(pid: int) -> int:
 def out_of_memory(error: BaseException) -> str | None:
     """What to say if `error` means that memory has run out, with the bytes asked for; else None."""
     text = " ".join(str(error).split())
-    asked = re.search(r"(?:allocate|for an array)\D{0,20}([\d.]+ ?(?:bytes|[KMGT]i?B)?)", text)
+    asked = re.search(r"(?:allocate|for an array)\D{0,20}([\d.]+ ?(?:bytes|[KMGTPE]i?B)?)", text)
     wanted = f"asked for {asked[1].strip()}" if asked else "no size is known"
     if type(error).__name__ == "OutOfMemoryError":
         import torch

@@ -11,6 +11,7 @@ import pytest
 
 from slap_ds.metrics import read_lines
 from tests.faults.harness import (
+    Job,
     assert_same,
     at_step,
     free_port,
@@ -20,7 +21,7 @@ from tests.faults.harness import (
     write_config,
 )
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 LONG = {"steps": 5000, "checkpoint": {"every": 1000}}
 
 
@@ -49,7 +50,7 @@ class Launched:
     def said(self):
         return self.log.read_text(errors="replace")
 
-    def until(self, condition, timeout_s=90):
+    def until(self, condition, timeout_s=240):
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, self.said()
@@ -73,10 +74,8 @@ def finish_undisturbed(config, folder, steps):
     """Compare a run that was stopped after `steps` with one that nothing happened to."""
     raw = {"steps": LONG["steps"], "checkpoint": LONG["checkpoint"]}
     other = write_config(folder, "other", **raw)
-    from tests.faults.harness import Job
-
     with Job(other, fault=f"term@0,{steps - 1},forward") as job:
-        assert job.wait(120) == [75, 75], job.said()
+        assert job.wait(240) == [75, 75], job.said()
     assert_same(folder / config.stem, folder / "other")
 
 
@@ -113,7 +112,7 @@ def test_a_supervised_run_goes_on(tmp_path, undisturbed, measured, fault, row):
         start = job.until(lambda: at_step(tmp_path / "run", 3))
         job.until(lambda: at_step(tmp_path / "run", 5))
         took_s = time.monotonic() - start
-        assert job.process.wait(120) == 0, job.said()
+        assert job.process.wait(240) == 0, job.said()
     assert "attempt 1 ended with " in first
     assert not left_over(str(config))
     measured(row, f"{fault} under slap-ds launch: the next new step", took_s, 60)
@@ -148,7 +147,7 @@ def test_a_killed_supervisor_leaves_nothing(tmp_path, measured):
 def test_a_fault_that_comes_back_ends_it(tmp_path, undisturbed):
     config = write_config(tmp_path, "run")
     with Launched(tmp_path, supervised(config), SLAP_FAULT="raise@1,4,step,*") as job:
-        assert job.process.wait(120) == 70, job.said()
+        assert job.process.wait(240) == 70, job.said()
     assert "two attempts in a row died at step 4: not tried again" in job.said()
     assert "RuntimeError: a fault on purpose" in job.said()
     run_through(config)
@@ -158,6 +157,6 @@ def test_a_fault_that_comes_back_ends_it(tmp_path, undisturbed):
 def test_a_mistake_of_the_users_is_not_tried_again(tmp_path):
     config = write_config(tmp_path, "run", data={"train": [str(tmp_path / "nowhere.jsonl")]})
     with Launched(tmp_path, supervised(config)) as job:
-        assert job.process.wait(120) == 1, job.said()
+        assert job.process.wait(240) == 1, job.said()
     assert "nowhere.jsonl" in job.said()
     assert "attempt 2" not in job.said()
