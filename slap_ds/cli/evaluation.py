@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slap_ds.cli.common import OVERRIDES, Commands
 
@@ -24,8 +24,9 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--batch-tokens", type=_positive, default=16384, help="of one batch")
     evaluate.add_argument("--template", help="conversation template (default: the model's own)")
     evaluate.add_argument("--format", help="format of the rows (default: recognised)")
-    evaluate.add_argument("--max-tokens", type=_positive, help="longest row (default: the run's)")
+    evaluate.add_argument("--max-tokens", type=_longest, help="longest row (default: the run's)")
     evaluate.add_argument("--dtype", choices=["float32", "bfloat16"])
+    evaluate.add_argument("--attention", help="for the losses (default: the run's, or packed)")
     harness = evaluate.add_argument_group("lm-evaluation-harness, instead of the above")
     harness.add_argument("--lm-eval", metavar="TASKS", help="names or .yaml files, with commas")
     harness.add_argument("--lm-eval-limit", type=_positive, metavar="N", help="rows of each task")
@@ -70,9 +71,8 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     if options.lm_eval:
         _harness(options, target, out)
         return
-    settings: dict[str, Any] = {
-        name: getattr(options, name) for name in ("template", "format", "max_tokens", "dtype")
-    }
+    names = ("template", "format", "max_tokens", "dtype", "attention")
+    settings = {name: getattr(options, name) for name in names}
     limits = Limits(options.samples, options.max_new_tokens, options.batch_tokens, options.seed)
     with open_subject(target, out, options.data, settings) as subject:
         result, out = evaluate(subject, limits), subject.out
@@ -171,6 +171,12 @@ def _curate(options: argparse.Namespace, rest: list[str]) -> None:
 def _count(text: str) -> int:
     if (value := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
+
+
+def _longest(text: str) -> int:
+    if (value := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{value} is less than 2, a prompt and an answer")
     return value
 
 

@@ -68,8 +68,9 @@ def open_subject(
     Args:
         out: folder of the results; default: `eval` in the model's folder, `eval/step-N` in a run's.
         data: evaluation files; none: those of the run's config.
-        settings: `template`, `format`, `max_tokens`, `dtype`; those that are None are the run's,
-            or for a model auto, auto, 1024 (less where it has fewer positions) and its own dtype.
+        settings: `template`, `format`, `max_tokens`, `dtype`, `attention`; those that are None are
+            the run's, or for a model its own template and dtype, auto, 1024 (less where it has
+            fewer positions) and packed.
 
     Raises:
         FileNotFoundError: `target` is neither a run nor a model.
@@ -141,14 +142,12 @@ def _of_model(
     found = load_config(str(folder), None)
     positions = getattr(found.get_text_config(), "max_position_embeddings", None) or 1024
     raw: dict[str, Any] = {
-        "steps": 1,
-        "model": {"dtype": _dtype_name(found)},
+        "model": {"dtype": _dtype_name(found), "attention": "packed"},
         "data": {
             "train": list(data),
             "template": template_of(folder),
             "max_tokens": min(1024, positions),
         },
-        "batch": {},
     }
     out = out or target / "eval"
     return Subject(target, folder, None, out, _reading(raw, folder, out, given))
@@ -156,14 +155,15 @@ def _of_model(
 
 def _reading(raw: dict[str, Any], folder: Path, out: Path, given: Mapping[str, Any]) -> Config:
     """The config of a run of one process that has `folder` as its model."""
-    model = {"path": str(folder), "dtype": raw["model"]["dtype"], "gradient_checkpointing": False}
-    data = {**raw["data"], **{k: v for k, v in given.items() if k != "dtype"}}
+    of_model = {name: given.get(name, raw["model"][name]) for name in ("dtype", "attention")}
+    of_data = ("format", "template", "max_tokens")
+    data = {**raw["data"], **{name: given[name] for name in of_data if name in given}}
     rows = max(2048, data["max_tokens"])
     return Config.model_validate(
         {
             "run_dir": str(out),
             "steps": 1,
-            "model": {**model, **{k: v for k, v in given.items() if k == "dtype"}},
+            "model": {"path": str(folder), "gradient_checkpointing": False, **of_model},
             "data": data,
             "batch": {"micro_batch_tokens": rows, "score_micro_batch_tokens": rows},
             "engine": {"kind": "torch"},

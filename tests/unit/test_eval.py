@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slap_ds.cli import main
 from slap_ds.evaluation import answers as answers_module
 from slap_ds.evaluation.answers import Answerer, batches
+from slap_ds.evaluation.subject import open_subject
 from slap_ds.export import export
 from slap_ds.metrics import read_lines
 from slap_ds.models.chatglm import convert_chatglm
@@ -244,6 +245,19 @@ def test_an_adapter_is_evaluated_merged(run, folder, tmp_path):
     assert of_run["answers"] == of_adapter["answers"] == of_merged["answers"]
     last = [r for r in read_lines(lora / "metrics.jsonl") if r["event"] == "eval"][-1]
     assert of_run["loss"]["all"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
+
+
+def test_a_runs_attention_is_kept(folder, tmp_path):
+    eager = train(folder, "eager", model={"attention": "eager"})
+    with open_subject(eager, tmp_path, [], {}) as subject:
+        assert subject.config.model.attention == "eager"
+        assert subject.config.data.train == [DATA]
+    with open_subject(eager, tmp_path, [], {"attention": "sdpa", "max_tokens": 99}) as subject:
+        assert subject.config.model.attention == "sdpa"
+        assert subject.config.data.max_tokens == 99
+    last = [r for r in read_lines(eager / "metrics.jsonl") if r["event"] == "eval"][-1]
+    result = evaluated(eager, tmp_path, "--samples", 0)
+    assert result["loss"]["all"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
 
 
 def test_rows_of_ones_own(model, tmp_path):
