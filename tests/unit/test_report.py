@@ -56,8 +56,11 @@ def test_script_slices_agree_with_the_rows(run):
     names, codes = label_samples(inputs).kinds["script"]
     rows = list(read_conversations(["builtin:demo/train"]))
     for row, code in zip(rows, codes, strict=True):
+        answers = "".join(m.content for m in row.messages if m.role == "assistant")
         if row.lang in ("en", "zh"):
-            assert names[code] == {"en": "Latin", "zh": "CJK"}[row.lang]
+            words = any(letter.isalpha() for letter in answers)
+            expected = {"en": "Latin", "zh": "CJK"}[row.lang] if words else "other"
+            assert names[code] == expected
     assert script_of("Где вокзал? OK") == "Cyrillic"
     assert script_of("12 + 3 = 15") == "other"
 
