@@ -62,6 +62,9 @@ class Base(Section):
     """Instead: the config of a pre-training run that is done once."""
     overrides: dict[str, Any] = Field({})
     """Settings changed in `config`, by dotted key."""
+    losses: bool = False
+    """Also write the loss of every training row of a cell under this model, for rho_loss, to
+    `{study}/base/losses.jsonl`."""
 
     @model_validator(mode="after")
     def _one(self) -> Base:
@@ -97,7 +100,8 @@ class Study(Section):
     overrides: dict[str, Any] = Field({})
     """Settings changed in all cells, by dotted key."""
     methods: dict[str, dict[str, Any]]
-    """Label -> settings, by dotted key."""
+    """Label -> settings, by dotted key; `{study}` in them is the study's folder, whose
+    data/base.jsonl holds the rows that no cell trains."""
     variants: dict[str, Variant] = Field({})
     """Label -> what is done to the training data."""
     grid: list[Block] = Field(min_length=1)
@@ -196,7 +200,7 @@ def read_study(path: str, data_dir: str | None) -> Study:
             )
         if not Path(data_dir).is_dir():
             raise FileNotFoundError(f"no data folder at {data_dir!r}")
-        raw = _filled(raw, data_dir)
+        raw = _filled(raw, "{data}", data_dir)
     study = validated(Study, raw, path)
     here = Path(path).parent
     base = study.base
@@ -205,13 +209,13 @@ def read_study(path: str, data_dir: str | None) -> Study:
     return study.model_copy(update={"config": str(here / study.config), "base": base})
 
 
-def _filled(value: Any, data_dir: str) -> Any:
+def _filled(value: Any, name: str, text: str) -> Any:
     if isinstance(value, str):
-        return value.replace("{data}", data_dir)
+        return value.replace(name, text)
     if isinstance(value, list):
-        return [_filled(item, data_dir) for item in value]
+        return [_filled(item, name, text) for item in value]
     if isinstance(value, dict):
-        return {key: _filled(item, data_dir) for key, item in value.items()}
+        return {key: _filled(item, name, text) for key, item in value.items()}
     return value
 
 
@@ -233,7 +237,8 @@ def _settled(study: Study, cell: Cell) -> Cell:
 
 def cell_config(study: Study, cell: Cell, folder: Path) -> Config:
     """The config of one cell of the study in `folder`."""
-    changes: dict[str, Any] = {**study.overrides, **study.methods[cell.method]}
+    own = _filled(study.methods[cell.method], "{study}", str(folder))
+    changes: dict[str, Any] = {**study.overrides, **own}
     changes["run_dir"] = str(folder / "cells" / cell.name)
     changes["seed"] = cell.seed
     changes["selection.keep"] = cell.keep

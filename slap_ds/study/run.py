@@ -24,6 +24,7 @@ from slap_ds.config import Config
 from slap_ds.metrics import read_lines
 from slap_ds.study.data import write_data
 from slap_ds.study.plan import (
+    PLAIN,
     Cell,
     Study,
     all_configs,
@@ -33,7 +34,7 @@ from slap_ds.study.plan import (
     pruned_groups,
 )
 from slap_ds.study.pool import Failure, run_tasks
-from slap_ds.study.work import TimeTask, TrainTask, work, write_json
+from slap_ds.study.work import LossesTask, TimeTask, TrainTask, work, write_json
 
 PRELOAD = "slap_ds.study.work"
 STUDY_FILE = "study.json"
@@ -80,6 +81,8 @@ def run_study(study: Study, folder: Path, jobs: int, console: Console) -> Outcom
                 console.print(f"{made['rejected']} rows of the data cannot be used")
         base_key = _train_base(study, folder, data_key, console)
         keys = [data_key, base_key]
+        if study.base.losses:
+            _write_base_losses(study, folder, cells[0], "-".join(keys), console)
         failed = _run_cells(configs, keys, jobs, console)
         matched = _match(study, folder, [c for c in cells if c.name not in failed], console)
         (folder / "matched.json").write_text(
@@ -133,6 +136,24 @@ def _train_base(study: Study, folder: Path, data_key: str, console: Console) -> 
         console.print(f"base model: {result['wall_s']:.0f} s{losses}", highlight=False)
         write_json(note, result)
     return key
+
+
+def _write_base_losses(
+    study: Study, folder: Path, any_cell: Cell, key: str, console: Console
+) -> None:
+    """The loss of each training row under the base model, unless it is there."""
+    out, note = folder / "base" / "losses.jsonl", folder / "base" / "losses.json"
+    if note.is_file() and json.loads(note.read_text("utf-8"))["key"] == key:
+        return
+    note.unlink(missing_ok=True)
+    console.print("scoring the training rows with the base model")
+    cell = replace(any_cell, variant=PLAIN)
+    config = cell_config(study, cell, folder)
+    config = config.model_copy(update={"run_dir": str(folder / "base" / "scoring")})
+    for _, result in run_tasks(work, [LossesTask(config, str(out))], 1, PRELOAD):
+        if isinstance(result, Failure):
+            raise ValueError(f"the rows could not be scored: {result.error}\n{result.trace}")
+        write_json(note, {"key": key, **result})
 
 
 def _run_cells(
@@ -282,7 +303,9 @@ def _key(config: Config, more: list[str]) -> str:
     if more[0]:  # the hash of the study's own data files
         for name in ("train", "eval"):
             settings["data"][name] = [Path(path).name for path in settings["data"][name]]
-    return hashlib.sha256(json.dumps([settings, more], sort_keys=True).encode()).hexdigest()[:32]
+    text = json.dumps([settings, more], sort_keys=True)
+    text = text.replace(str(Path(config.run_dir).parents[1]), "{study}")
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _train_records(folder: Path, cell: Cell) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ import torch
 
 from slap_ds.config import Config
 from slap_ds.data.batch import CandidateBatch
-from slap_ds.engine import stop_ranks
+from slap_ds.engine import start_ranks, stop_ranks
+from slap_ds.evaluation.reference import write_losses
 from slap_ds.export import export
 from slap_ds.run import make_parts, prepare
 from slap_ds.trainer import train, train_step
@@ -38,6 +39,14 @@ class TrainTask:
 
 
 @dataclass(frozen=True)
+class LossesTask:
+    """Write the loss of each of `config`'s training samples under its model."""
+
+    config: Config
+    out: str
+
+
+@dataclass(frozen=True)
 class TimeTask:
     """Time a step of each of `configs` against one of `reference`."""
 
@@ -45,17 +54,21 @@ class TimeTask:
     configs: dict[str, Config]
 
 
-def work(task: TrainTask | TimeTask) -> dict[str, Any]:
+def work(task: TrainTask | LossesTask | TimeTask) -> dict[str, Any]:
     """Run a task in this process, on one thread, what it prints in log.txt of its run folder."""
     torch.set_num_threads(1)
-    config = task.config if isinstance(task, TrainTask) else task.reference
+    config = task.reference if isinstance(task, TimeTask) else task.config
     folder = Path(config.run_dir)
     if folder.exists():
         shutil.rmtree(folder)  # an interrupted run starts again
     folder.mkdir(parents=True)
     with _printing_to(folder / "log.txt"):
         try:
-            return _train(task) if isinstance(task, TrainTask) else time_steps(task)
+            if isinstance(task, TrainTask):
+                return _train(task)
+            if isinstance(task, LossesTask):
+                return _score(task)
+            return time_steps(task)
         finally:
             gc.collect()
 
@@ -74,6 +87,13 @@ def _train(task: TrainTask) -> dict[str, Any]:
     }
     write_json(run.run_dir / "done.json", result)
     return result
+
+
+def _score(task: LossesTask) -> dict[str, Any]:
+    comm = start_ranks(task.config)
+    count = write_losses(task.config, Path(task.out), comm)
+    stop_ranks(comm)
+    return {"samples": count}
 
 
 def time_steps(task: TimeTask) -> dict[str, float]:
