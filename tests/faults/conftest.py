@@ -21,12 +21,13 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def measured(request):
-    """`measured(row, text, seconds, limit_s)`: into the table, and within the limit."""
+    """`measured(row, text, seconds, limit_s)`: into the table, and within what is promised."""
 
     def note(row, text, seconds, limit_s):
         found = request.config.stash.setdefault(TABLE, [])
         found.append({"row": row, "fault": text, "seconds": round(seconds, 2), "limit_s": limit_s})
-        assert seconds <= limit_s, f"{text}: {seconds:.1f} s, promised {limit_s} s"
+        if limit_s is not None:
+            assert seconds <= limit_s, f"{text}: {seconds:.1f} s, promised {limit_s} s"
 
     return note
 

@@ -34,7 +34,7 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         lines.append(
             f"| {row['row']} | {FAULTS[row['row']]} | {row['fault']} | {row['seconds']:.1f} | "
-            f"{row['limit_s']:g} |"
+            f"{'' if row['limit_s'] is None else format(row['limit_s'], 'g')} |"
         )
     return "\n".join(lines) + "\n"
 
