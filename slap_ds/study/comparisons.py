@@ -1,4 +1,4 @@
-"""Every pruned group of cells against the reference, at each basis, and against random picks."""
+"""Every pruned group of cells against the reference, at each basis, and against other methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from slap_ds.study.results import sample_losses
 from slap_ds.study.run import Matched
 from slap_ds.study.statistics import Array, difference, verdict
 
-RANDOM = "random"
 COSTS = ("samples", "flops", "step_s")
 
 
@@ -43,9 +42,10 @@ def compare_cells(
             if (match.method, match.keep, match.strata, match.variant) == first.group[:4]:
                 full = [_reference(study, cell, match.steps) for cell in cells]
                 opponents.append((match.basis, study.reference, full))
-        if RANDOM in study.methods and first.method != RANDOM:
-            same = [replace(cell, method=RANDOM, strata=None) for cell in cells]
-            opponents.append(("candidates", RANDOM, same))
+        for rival in study.against:
+            if rival in study.methods and first.method != rival:
+                same = [replace(cell, method=rival, strata=None) for cell in cells]
+                opponents.append(("candidates", rival, same))
         for basis, against, others in opponents:
             pairs = [(c, o) for c, o in zip(cells, others, strict=True) if o in table]
             if pairs:

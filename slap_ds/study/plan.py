@@ -108,6 +108,9 @@ class Study(Section):
     """What is run."""
     reference: str = "full"
     """The method the others are compared with; it trains all candidates."""
+    against: list[str] = Field(["random"])
+    """Methods that the others are compared with beside the reference, at the same keep ratio; those
+    that the study does not have are left out."""
     margin: float = Field(0.02, ge=0)
     """A method is not worse if its loss is surely less than this above the reference, in nats."""
     matched: list[Literal["samples", "flops", "seconds"]] = Field([])
