@@ -23,7 +23,6 @@ class Course:
     ids: Tensor  # (n,) int64, the sample ids of all training data
     steps: int
     candidates: int  # N of a step
-    keep: float  # keep ratio asked for
 
 
 @dataclass(frozen=True)

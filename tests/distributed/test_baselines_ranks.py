@@ -99,13 +99,19 @@ def every_method(config: Config, stop: bool, steps: int = 3) -> dict[str, list]:
     return found
 
 
+def dealt_and_under_quotas(dealt: Config, quota: Config) -> tuple[dict[str, list], dict[str, list]]:
+    return every_method(dealt, True), every_method(quota, False, steps=1)
+
+
 def test_every_method_on_one_rank_and_two_stopped_or_not_reused_or_not(base):
     torch_engine = {"kind": "torch"}
     whole = every_method(changed(base, "torch", engine=torch_engine), False)
     reuse = {"model": {"gradient_checkpointing": True}, "step": {"forward": "reuse"}}
+    quota = {**reuse, "step": {"forward": "reuse", "balance": "quota", "quota_slack": 0.0}}
+    two = run_ranks(dealt_and_under_quotas, 2, changed(base, "2"), changed(base, "quota", **quota))
     ways = {
         "reuse": every_method(changed(base, "reuse", engine=torch_engine, **reuse), True),
-        "2 ranks": run_ranks(every_method, 2, changed(base, "two"), True)[0],
+        "2 ranks": two[0][0],
     }
     for method, steps in whole.items():
         for step, (chosen, weights, loss, record) in enumerate(steps):
@@ -125,28 +131,13 @@ def test_every_method_on_one_rank_and_two_stopped_or_not_reused_or_not(base):
             assert counts == [12, 12, 9]
         else:
             assert counts == [12 if method == "full" else 9] * 3, method
+    for method, steps in two[0][1].items():  # the budget is met where picks may not move
+        chosen, weights, _, record = steps[0]
+        assert two[1][1][method][0][:2] == (chosen, weights)
+        assert record["forward"] == whole[method][0][3]["forward"].replace("separate", "reuse")
+        assert len(set(chosen)) == len(whole[method][0][0]), method
     extra = whole["greats"][0][3]["scoring_flops"] / whole["grand"][0][3]["scoring_flops"]
     assert extra > 1.1  # the validation samples' forward is counted
-
-
-def one_step(config: Config) -> dict[str, list]:
-    return every_method(config, False, steps=1)
-
-
-def test_every_method_under_quotas(base):
-    """Reuse on two ranks: the budget is met where picks may not move."""
-    config = changed(
-        base,
-        "quota",
-        model={"gradient_checkpointing": True},
-        step={"forward": "reuse", "balance": "quota", "quota_slack": 0.0},
-    )
-    found = run_ranks(one_step, 2, config)
-    for method, steps in found[0].items():
-        for step, (chosen, weights, _, _) in enumerate(steps):
-            assert found[1][method][step][:2] == (chosen, weights)
-            if method not in ("full", "infobatch", "selective_backprop"):
-                assert len(set(chosen)) == 9, method
 
 
 @pytest.mark.parametrize("method", ["infobatch", "uds"])

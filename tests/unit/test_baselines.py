@@ -61,7 +61,7 @@ def make(method, reference=None, keep=0.5, steps=40, samples=80, candidates=20, 
     for section, fields in changes.items():
         options[section] = options[section] | fields
     selector = make_selector(options)
-    selector.begin(Course(torch.arange(samples) + BIG, steps, candidates, keep))
+    selector.begin(Course(torch.arange(samples) + BIG, steps, candidates))
     return selector
 
 
