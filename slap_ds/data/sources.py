@@ -98,7 +98,8 @@ def _folder(path: Path) -> list[Source]:
 
 def _hub(name: str) -> Source:
     if "://" in name:
-        raise ValueError(f"{name}: addresses are not read; download the file and name its path")
+        shown = re.sub(r"://[^/@\s]+@", "://***@", name)  # it may hold a password
+        raise ValueError(f"{shown}: addresses are not read; download the file and name its path")
     match = HUB_NAME.fullmatch(name)
     repository = match["repository"] if match else ""
     # A mistyped path must not become a question to the hub: that would be slow, leak the path, and

@@ -91,7 +91,8 @@ def test_other_ranks_go_on_with_the_same_batches_picks_and_losses(
                 shutil.rmtree(later)
     assert picks(tmp_path / "moved") == picks(tmp_path / "whole")
     found, expected = (losses(read(tmp_path / name)) for name in ("moved", "whole"))
-    limit = 1e-6 if dtype == "float32" else 2e-2
+    # ZeRO 2 to the plain engine: two units in the last place of a loss of 8 nats.
+    limit = 2e-2 if dtype == "bfloat16" else 1e-6 if stage == 3 else 2e-6
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= limit
 
 
