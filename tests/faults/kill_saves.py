@@ -93,6 +93,7 @@ def kill_saves(kills: int, ranks: int, background: bool, seed: int, work: Path) 
             assert found.step >= target - 1, f"{found.step} after {target} was being saved"
             whole_weights(found.folder)
             counts["loadable"] += 1
+            print(json.dumps(counts), file=sys.stderr, flush=True)
         codes = _wait(processes)
         assert codes == [0] * ranks, f"a resumed run ended with {codes}"
         counts["runs"] += 1
