@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from slap_ds.bench.environment import describe
 from memory import peak_bytes
 
+from slap_ds.bench.environment import describe
 from slap_ds.config import ScoringConfig
 from slap_ds.data.packing import Candidate, PackedRow, pack
 from slap_ds.models.causal import (

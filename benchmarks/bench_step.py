@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from slap_ds.bench.environment import describe
 
+from slap_ds.bench.environment import describe
 from slap_ds.config import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import stop_ranks

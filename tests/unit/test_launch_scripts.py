@@ -151,11 +151,21 @@ def test_slurm_and_torchrun_refuse_what_cannot_work(launch):
     done = launch("slurm.sbatch", **SLURM, STARTER="mpirun")
     assert (done.returncode, done.stderr) == (
         2,
-        "STARTER is mpirun, expected torchrun or python\n",
+        "STARTER is mpirun, expected torchrun, python or deepspeed\n",
     )
     done = launch("torchrun.sh", NNODES="2")
     assert done.returncode == 2
     assert "MASTER_ADDR is not set" in done.stderr
+
+
+def test_slurm_through_deepspeed(launch):
+    done = launch("slurm.sbatch", **SLURM, STARTER="deepspeed", GPUS="4")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n--\n")[0].splitlines()
+    assert lines[0] == "deepspeed"
+    assert "--launcher_args=--ntasks-per-node=4 --kill-on-bad-exit=1" in lines
+    assert lines[-5:-3] == [str(Path(sys.executable).with_name("slap-ds")), "train"]
+    assert lines[-3:] == ARGUMENTS
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
