@@ -61,6 +61,10 @@ class RankError(RuntimeError):
     """A mistake or fault that this rank has seen and others perhaps not, so this one reports it."""
 
 
+class PortTaken(RankError):
+    """Rank 0 cannot listen; on another port, or later, it may."""
+
+
 @dataclass(frozen=True)
 class TrainStats:
     """One optimizer step, this rank's part; the trainer sums over ranks."""
@@ -469,7 +473,7 @@ def start_ranks(config: Config, dog: Watchdog | None = None) -> Comm:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise RankError(
+        raise PortTaken(
             f"MASTER_PORT {place.port} is taken on {place.address}: another run, or one that has "
             "not ended yet; choose another port"
         ) from error

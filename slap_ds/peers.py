@@ -101,11 +101,13 @@ class Peers:
     def diagnose(self) -> str:
         """Why this rank does not get on, as far as it can find out."""
         said = self.ask()
+        if not said:
+            return "no other rank can be asked"
         if silent := [rank for rank, one in said.items() if one is None]:
             return self.gone(silent)
         alive = {rank: one for rank, one in said.items() if one is not None}
-        last = min(alive, key=lambda rank: int(alive[rank]["beats"]), default=self.rank)
-        if last == self.rank or alive[last]["beats"] == self.heart.beats:
+        last = min(alive, key=lambda rank: int(alive[rank]["beats"]))
+        if alive[last]["beats"] == self.heart.beats:
             return "every rank it asked has come as far as this one"
         if alive[last]["beats"] > self.heart.beats:
             return "the ranks it asked are ahead of this one"

@@ -71,12 +71,14 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
     """End this rank with a line that names rank, step and cause; a traceback if it is our fault."""
-    from slap_ds.engine import RankError
+    from slap_ds.engine import PortTaken, RankError
     from slap_ds.run import OtherRankFailed
 
     alone = comm.world == 1
     if isinstance(error, OtherRankFailed):
         dog.end(LOST_PEER, str(error))
+    if isinstance(error, PortTaken):
+        dog.end(LOST_PEER, str(error), dog.line(str(error)))
     if isinstance(error, (ValueError, FileNotFoundError, RankError)):
         dog.record(USER_ERROR, str(error))
         if alone or dog.heart.step < 0:

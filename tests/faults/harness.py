@@ -7,10 +7,12 @@ assert_same(run_dir, baseline)     invariant I: the same losses, weights and led
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import sys
@@ -65,9 +67,11 @@ def write_config(folder: Path, name: str, **sections) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Outside the range from which outgoing connections get theirs."""
+    while True:
+        port = random.randint(20000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def _rank(arguments, environ, log):

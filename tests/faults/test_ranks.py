@@ -249,7 +249,7 @@ def test_port_taken(tmp_path, measured, port):
     with socket.create_server(("127.0.0.1", port)), Job(config, port=port) as job:
         job.until(lambda: not job.ranks[0].is_alive(), 40)
         took_s = time.monotonic() - job.start
-        assert job.ranks[0].exitcode == 1
+        assert job.ranks[0].exitcode == 69  # worth another try, on another port
         job.ranks[1].terminate()  # as its launcher does
         job.ranks[1].join(10)
         assert job.ranks[1].exitcode == 75
