@@ -239,8 +239,7 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def _free_port() -> int:
-    """Below the range that the kernel gives to outgoing connections: nobody takes it by chance until
-    rank 0 listens there."""
+    """Below those of outgoing connections, so that none takes it before rank 0 listens there."""
     while True:
         port = random.randint(20000, 32000)
         with contextlib.suppress(OSError), socket.create_server(("", port)):
