@@ -67,7 +67,8 @@ def test_exception_on_one_rank(tmp_path, undisturbed, measured):
     assert_same(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("site", [pytest.param("all_gather", marks=faults), "backward"])
+@faults
+@pytest.mark.parametrize("site", ["all_gather", "backward"])
 def test_frozen(tmp_path, undisturbed, measured, site):
     """The others stop; whoever froze is ended from outside, by the supervisor or a launcher."""
     config = write_config(tmp_path, "run")
@@ -232,6 +233,7 @@ def test_out_of_memory(tmp_path, undisturbed, measured, kind, words):
     assert_same(tmp_path / "run", undisturbed)
 
 
+@faults
 def test_stale_build_lock(tmp_path, measured, monkeypatch):
     (tmp_path / "extensions/deepspeed_shm_comm").mkdir(parents=True)
     (tmp_path / "extensions/deepspeed_shm_comm/lock").touch()
