@@ -1,7 +1,4 @@
-"""Two nodes train what one node trains, bit for bit, whoever starts them.
-
-pdsh and torchrun do so on four nodes, in test_four_nodes.py.
-"""
+"""Two nodes train what one node trains, bit for bit, whoever starts them."""
 
 import math
 
@@ -21,10 +18,16 @@ def test_the_one_node_run_learns_and_picks(one_node):
     assert evaluations[-1] < evaluations[0]
 
 
-@pytest.mark.parametrize("script", ["openmpi.sh", "mpich.sh"])
+@pytest.mark.parametrize("script", ["multi_node.sh", "openmpi.sh", "mpich.sh"])
 def test_started_from_the_first_node(script, lab, one_node):
     name = script.removesuffix(".sh")
     # Beside OpenMPI's, MPICH's mpiexec goes by this name.
     job = lab.start(0, script, lab.config(name), f"{name}.log", MPIEXEC="mpiexec.hydra")
     assert lab.wait([job]) == [0], lab.logs()
     assert lab.result(name) == one_node
+
+
+def test_torchrun_on_every_node(lab, one_node):
+    jobs = lab.start_torchrun(lab.config("torchrun"), "torchrun")
+    assert lab.wait(jobs) == [0, 0], lab.logs()
+    assert lab.result("torchrun") == one_node
