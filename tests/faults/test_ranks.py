@@ -228,7 +228,7 @@ def test_out_of_memory(tmp_path, undisturbed, measured, kind, words):
     assert line.startswith("slap-ds: error (rank 1): step 4, 'training a row': ")
     assert words in line
     assert f"rank 1 (127.0.0.1) failed: {words}" in job.said(0)
-    measured(16, f"{words[:28].strip()}: all gone", took_s, 10)
+    measured(16, f"out of memory ({kind}): all gone", took_s, 10)
     run_through(config)
     assert_same(tmp_path / "run", undisturbed)
 
