@@ -181,11 +181,10 @@ class SelectionConfig(Section):
     budgets: Literal["sampled", "expected"] = "sampled"
     """Budget per stratum: counted from a Gumbel top-M draw, or its expectation rounded."""
     preset: Literal["measured", "paper"] = "measured"
-    """Where slap's settings that are not given come from. measured: what docs/experiments.md
-    supports (temperature 3, sketches of unit length); paper: our reading of the paper (temperature
-    1, sketches as they are)."""
-    temperature: float | None = Field(None, gt=0)
-    """Divides the losses in softmax(loss / temperature); nats per token; default: the preset's."""
+    """Which sketches slap takes if scoring.sketch_norm does not say. measured: of unit length, as
+    docs/experiments.md supports; paper: as they are, our reading of the paper."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the losses in softmax(loss / temperature); nats per token."""
     reweight: Literal["none", "inverse"] = "none"
     """inverse: slap's picks of a stratum weigh its size over its budget, so that hard samples count
     no more than in the whole batch; scaled to mean 1."""

@@ -21,8 +21,6 @@ from slap_ds.selection.simple import Easy, El2n, Full, Hard, Random
 from slap_ds.selection.slap import Slap
 from slap_ds.selection.uds import Uds
 
-SLAP_TEMPERATURE: dict[str, float] = {"measured": 3.0, "paper": 1.0}
-
 SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
     "adacore": lambda options: AdaCore(),
     "ccs": lambda options: Ccs(**options["ccs"]),
@@ -45,7 +43,7 @@ SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
         strata=options["strata"],
         strata_by=options["strata_by"],
         budgets=options["budgets"],
-        temperature=options["temperature"] or SLAP_TEMPERATURE[options["preset"]],
+        temperature=options["temperature"],
         across_strata=options["across_strata"],
         reweight=options["reweight"],
     ),

@@ -28,7 +28,7 @@ class Slap(Stateless):
     strata: int = 4
     strata_by: Literal["quantile", "width"] = "quantile"
     budgets: Literal["sampled", "expected"] = "sampled"
-    temperature: float = 3.0
+    temperature: float = 1.0
     across_strata: bool = True
     reweight: Literal["none", "inverse"] = "none"
     farthest: Callable[..., FarthestPoints] = farthest_point  # or the sharded one of the same picks

@@ -16,7 +16,6 @@ OPTIONS = {
     "strata_by": "quantile",
     "budgets": "sampled",
     "temperature": 1.0,
-    "preset": "measured",
     "across_strata": True,
     "reweight": "none",
 }
@@ -184,10 +183,3 @@ def test_inverse_weights_restore_the_share_of_every_stratum():
     plain = select(make_selector({**options, "reweight": "none"}), batch, 24, generator())
     assert plain.picks.equal(chosen.picks)
     assert plain.weights.eq(1).all()
-
-
-@pytest.mark.parametrize(("preset", "temperature"), [("measured", 3.0), ("paper", 1.0)])
-def test_a_preset_gives_what_is_not_given(preset, temperature):
-    options = {**OPTIONS, "method": "slap", "preset": preset}
-    assert make_selector({**options, "temperature": None}).temperature == temperature
-    assert make_selector({**options, "temperature": 7.0}).temperature == 7.0
