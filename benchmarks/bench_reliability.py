@@ -32,7 +32,7 @@ from slap_ds.engine import start_ranks, stop_ranks
 from slap_ds.launch_env import rank_said
 from slap_ds.peers import Heart
 from slap_ds.run import prepare
-from slap_ds.trainer import train_step
+from slap_ds.step import train_step
 from slap_ds.watchdog import Watchdog, watch
 
 

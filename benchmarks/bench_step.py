@@ -27,7 +27,7 @@ from slap_ds.engine import stop_ranks
 from slap_ds.models.causal import block_flops, head_flops
 from slap_ds.run import Run, prepare
 from slap_ds.scoring import Wants
-from slap_ds.trainer import train_step
+from slap_ds.step import train_step
 
 PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimizer")
 ROOT = Path(__file__).parents[1]

@@ -33,7 +33,7 @@ from slap_ds.run import Inputs, Run, prepare, read_inputs
 from slap_ds.scoring import Scorer
 from slap_ds.selection import ScoredBatch
 from slap_ds.selection.strata import assign_strata
-from slap_ds.trainer import train_step
+from slap_ds.step import train_step
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 

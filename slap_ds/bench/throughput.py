@@ -26,7 +26,7 @@ from slap_ds.metrics import JsonLines
 from slap_ds.models.causal import block_flops, head_flops
 from slap_ds.run import Inputs, Run, prepare
 from slap_ds.selection import Selection
-from slap_ds.trainer import train_step
+from slap_ds.step import train_step
 
 PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimizer")
 # Settings that a sweep changes on the same engine, so that the points share their weights.

@@ -23,7 +23,8 @@ from slap_ds.engine import start_ranks, stop_ranks
 from slap_ds.evaluation.reference import write_losses
 from slap_ds.export import export
 from slap_ds.run import make_parts, prepare
-from slap_ds.trainer import train, train_step
+from slap_ds.step import train_step
+from slap_ds.trainer import train
 
 TIMING_ROUNDS = 9
 TIMING_WARMUP = 2

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from slap_ds import checkpoint
 from slap_ds.cli import main
 from slap_ds.config import Config, config_keys
-from slap_ds.whole_state import whole_weights
 from slap_ds.evaluation.answers import Answerer
 from slap_ds.export import export
 from slap_ds.metrics import read_lines
 from slap_ds.models.load import load_config, load_model
 from slap_ds.models.lora import add_adapter
+from slap_ds.whole_state import whole_weights
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 

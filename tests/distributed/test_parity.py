@@ -10,7 +10,7 @@ import torch
 from slap_ds.config import Config
 from slap_ds.data.stream import CandidateStream
 from slap_ds.run import read_inputs
-from slap_ds.trainer import learning_rate
+from slap_ds.step import learning_rate
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 

@@ -81,7 +81,7 @@ def gathers(c: Config) -> dict[str, int]:
 
     from slap_ds.data.batch import CandidateBatch
     from slap_ds.run import prepare
-    from slap_ds.trainer import train_step
+    from slap_ds.step import train_step
 
     run = prepare(c)
     steps = 4

@@ -16,6 +16,7 @@ BETWEEN = {
     "checkpoint": 6.5,
     "run": 6.7,
     "evaluation": 6.8,
+    "step": 6.9,
     "curate": 7.5,
     "export": 6.5,
     "report": 7.6,
