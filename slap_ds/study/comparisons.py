@@ -14,7 +14,7 @@ from slap_ds.study.results import sample_losses
 from slap_ds.study.run import Matched
 from slap_ds.study.statistics import Array, difference, verdict
 
-COSTS = ("samples", "flops", "step_s")
+COSTS = ("samples", "trained_tokens", "flops", "step_s")
 
 
 def compare_cells(

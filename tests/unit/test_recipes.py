@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slap_ds.config import read_config, resolve_deepspeed
+from slap_ds.config import read_config
 from slap_ds.data.templates import TEMPLATES
+from slap_ds.deepspeed_json import resolve_deepspeed
 from slap_ds.estimate import GRADIENTS, OPTIMIZER, WEIGHTS, Shape, estimate
 from slap_ds.models.causal import trainable
 from slap_ds.models.chatglm_layout import glm_config, read_sizes
