@@ -1,6 +1,6 @@
 """The tables of docs/experiments.md, from the comparisons that a study wrote.
 
-python benchmarks/study_tables.py runs/studies/cpu/comparisons.csv --best hard --into docs/experiments.md
+python benchmarks/study_tables.py COMPARISONS.csv --best hard --into docs/experiments.md
 
 Replaces what stands between `<!-- study: ... -->` and `<!-- /study -->`.
 """
@@ -31,12 +31,10 @@ def main() -> None:
     }
     text = options.into.read_text("utf-8")
     for name, table in tables.items():
-        mark = rf"(<!-- study: {name} -->\n).*?(<!-- /study -->)"
-        if not re.search(mark, text, re.DOTALL):
+        found = re.search(rf"<!-- study: {name} -->\n(.*?)<!-- /study -->", text, re.DOTALL)
+        if not found:
             raise SystemExit(f"{options.into} has no place for the table {name!r}")
-        text = re.sub(
-            mark, lambda found, new=table: found[1] + new + found[2], text, flags=re.DOTALL
-        )
+        text = text[: found.start(1)] + table + text[found.end(1) :]
     options.into.write_text(text, "utf-8")
 
 
@@ -99,12 +97,11 @@ def strata(rows: list[dict[str, str]], method: str) -> str:
     """A method by its number of strata, at 40 % pruning."""
     body = []
     for row in rows:
-        if _is(row, method=method, keep="0.6", variant="plain", basis="candidates", on="all"):
-            if row["against"] == "full":
-                k = int(float(row["strata"])) if row["strata"] else 4
-                body.append([k, f"{float(row['loss']):.3f}", _difference(row)])
-    body.sort(key=lambda cells: cells[0])
-    return _table(["K", "loss", "against all data"], [[str(k), *rest] for k, *rest in body])
+        wanted = {"method": method, "keep": "0.6", "variant": "plain", "against": "full"}
+        if _is(row, **wanted, basis="candidates", on="all"):
+            k = int(float(row["strata"])) if row["strata"] else 4
+            body.append((k, [f"{float(row['loss']):.3f}", _difference(row)]))
+    return _table(["K", "loss", "against all data"], [[str(k), *rest] for k, rest in sorted(body)])
 
 
 def variants(rows: list[dict[str, str]]) -> str:
