@@ -114,7 +114,8 @@ class Study(Section):
     margin: float = Field(0.02, ge=0)
     """A method is not worse if its loss is surely less than this above the reference, in nats."""
     matched: list[Literal["samples", "flops", "seconds"]] = Field([])
-    """Further runs of the reference with as many samples, FLOPs or seconds as a pruned run has."""
+    """Further runs of the reference with as many samples, FLOPs or seconds as a pruned run has, on
+    the plain data."""
     matched_methods: list[str] | None = None
     """The methods that get such runs; default: all."""
     seconds_ratio: dict[str, float] = Field({})
@@ -298,10 +299,13 @@ def flags(changes: dict[str, Any]) -> list[str]:
 
 
 def pruned_groups(study: Study, cells: Sequence[Cell]) -> Iterator[list[Cell]]:
-    """Cells that differ in their seeds only, of the methods that get matched reference runs."""
+    """Cells that differ in their seeds only, of the methods that get matched reference runs: on the
+    plain data, with the config's number of strata."""
     wanted = study.matched_methods or list(study.methods)
     groups: dict[Any, list[Cell]] = {}
     for cell in cells:
-        if cell.method in wanted and cell.method != study.reference and cell.steps is None:
+        pruned = cell.method != study.reference and cell.steps is None
+        usual = cell.variant == PLAIN and cell.strata is None
+        if cell.method in wanted and pruned and usual:
             groups.setdefault(cell.group, []).append(cell)
     yield from groups.values()
