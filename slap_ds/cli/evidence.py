@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 from pathlib import Path
 
 from slap_ds.cli.common import Commands, fail
@@ -52,6 +54,8 @@ def _study(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.study.results import collect, write_rows
     from slap_ds.study.run import run_study
 
+    # Its workers end with it: an exit unwinds, a signal would not.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     outcome = run_study(study, folder, options.jobs, Console())
     rows = collect(folder, outcome.cells)
     write_rows(rows, folder / "results")
