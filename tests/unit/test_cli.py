@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from slap_ds import checkpoint
 from slap_ds.cli import main
 from tests.recipes import tiny_config, tiny_model
 
@@ -100,7 +101,7 @@ def test_a_checkpoint_of_another_world_or_other_data(capsys, write, tmp_path):
     main(["train", write()])
     manifest = next((tmp_path / "run" / "checkpoints").glob("*/manifest.json"))
     saved = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**saved, "world_size": 2}))
+    manifest.write_text(json.dumps(checkpoint._sealed({**saved, "world_size": 2})))
     assert "saved by 2 ranks, this run has 1" in fails(capsys, "train", write(steps=3))
     manifest.write_text(json.dumps(saved))
     text = fails(capsys, "train", write(data__train=rows(tmp_path, GOOD), steps=3))

@@ -102,14 +102,14 @@ def test_a_hostile_zero_shard_is_refused_and_not_run(part, trace, tmp_path):
 
 def test_deepspeed_reads_its_files_through_the_same_door(trace, tmp_path):
     """The object it loads with takes its own classes, and nothing else."""
-    from slap_ds.engine import _tensor_files
+    from slap_ds.engine.zero import tensor_files
     from slap_ds.tensor_files import TensorWriter
 
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    files = _tensor_files(TensorWriter())
+    files = tensor_files(TensorWriter())
     state = {"zero_stage": ZeroStageEnum.weights, "scaler": LossScaler(scale=1.0)}
     files.save(state, str(tmp_path / "good.pt"))
     found = files.load(str(tmp_path / "good.pt"))

@@ -1,0 +1,57 @@
+"""Engines: where packed rows meet weights. DeepSpeed at the edge, plain PyTorch for tests.
+
+    score(rows)  -> Scores          no graph, no dropout, the current weights
+    train(rows)  -> TrainStats      forward and backward per row, one optimizer step
+
+This is the only room that imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slap_ds.comm import Comm
+from slap_ds.config import Config
+from slap_ds.engine.base import Engine, TrainStats
+from slap_ds.engine.plain import TorchEngine
+from slap_ds.engine.ranks import (
+    PortTaken,
+    RankError,
+    build_extensions,
+    limit_waiting,
+    logged_collectives,
+    start_ranks,
+    stop_ranks,
+)
+from slap_ds.engine.zero import DeepSpeedEngine
+
+
+def make_engine(config: Config, model_config: Any, comm: Comm) -> Engine:
+    if config.engine.kind == "torch":
+        return TorchEngine(config, model_config)
+    return DeepSpeedEngine(config, model_config, comm)
+
+
+def write_deepspeed(engine: Engine, path: Path) -> None:
+    """The DeepSpeed settings as they were used, beside the run's resolved config."""
+    if isinstance(engine, DeepSpeedEngine):
+        path.write_text(json.dumps(engine.settings, indent=2) + "\n", encoding="utf-8")
+
+
+__all__ = [
+    "DeepSpeedEngine",
+    "Engine",
+    "PortTaken",
+    "RankError",
+    "TorchEngine",
+    "TrainStats",
+    "build_extensions",
+    "limit_waiting",
+    "logged_collectives",
+    "make_engine",
+    "start_ranks",
+    "stop_ranks",
+    "write_deepspeed",
+]

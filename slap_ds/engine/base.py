@@ -1,0 +1,225 @@
+"""What both engines share: the loops over rows, and the parts they are built of.
+
+Under ZeRO-3 every forward and backward is a collective: all ranks must pass the same number of
+rows, in the same order. The trainer sees to that; short ranks pass empty rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slap_ds.config import Config
+from slap_ds.data.packing import PackedRow
+from slap_ds.metrics import Stopwatch
+from slap_ds.models.causal import (
+    PackedCausalLM,
+    enable_checkpointing,
+    trainable,
+)
+from slap_ds.models.load import load_model
+from slap_ds.models.lora import add_adapter
+from slap_ds.models.reuse import BlockInputs, install
+from slap_ds.peers import Heart
+from slap_ds.scoring import HeadScores, Scores, Tail, Wants, collect, tail_parameters
+from slap_ds.tensor_files import TensorWriter
+from slap_ds.whole_state import Key
+
+MOMENTS: tuple[Key, Key] = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainStats:
+    """One optimizer step, this rank's part; the trainer sums over ranks."""
+
+    loss: float  # nats: weighted sum over this rank's trained tokens
+    grad_norm: float  # before clipping, of the whole model
+    seconds: dict[str, float]  # forward_s, backward_s, optimizer_s
+    boundary_bytes: int = 0  # forward reuse: block inputs this rank held at once
+    # Positions in the candidate batch of samples in rows whose loss is NaN or infinite.
+    broken: tuple[int, ...] = ()
+
+
+class Engine(ABC):
+    """The part both engines share: the loops over rows."""
+
+    kind: str  # engine.kind
+    model: PackedCausalLM  # the wrapper, not the DeepSpeed engine
+    optimizer: Any
+    device: torch.device
+    hidden_size: int
+    parameters: int
+    heart: Heart = Heart()  # of a rank that nobody waits for
+
+    def score(self, rows: Sequence[PackedRow], wants: Wants, keep: bool = False) -> Scores:
+        """Head sums of the rows' samples with the current weights, as `model.eval()` gives them:
+        no dropout, no graph, no random numbers drawn.
+
+        With `keep` the block inputs are kept for a `train(..., replay=True)` of some of them; a
+        model that can do that has no dropout, so `train()` mode computes the same.
+        """
+        if keep:
+            self._inputs().start_scoring()
+        else:
+            self.model.eval()
+        parts: list[HeadScores] = []
+        with torch.no_grad():
+            if wants.blocks:
+                with self._whole(tail_parameters(self.model.lm, wants.blocks)):
+                    self.model.tail = Tail(self.model.lm, wants.blocks)
+            for row in rows:
+                self.heart.beat("scoring a row")
+                parts.append(self._forward(row.to(self.device), "score", wants))
+        self.model.train()
+        self.model.tail = None
+        return collect([row.positions for row in rows], parts, wants)
+
+    def train(
+        self, rows: Sequence[PackedRow], total_weight: float, lr: float, replay: bool = False
+    ) -> TrainStats:
+        """One optimizer step on the weighted token mean over all rows of all ranks.
+
+        With `replay` the rows' samples are among those of the last `score(..., keep=True)`.
+
+        Args:
+            total_weight: sum over every trained token, all ranks, of its sample's weight.
+            lr: the step's learning rate.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if replay:
+            self._inputs().start_replay(rows)
+        watch = Stopwatch(self.device)
+        losses: list[Tensor] = []
+        for i, row in enumerate(rows):
+            self.heart.beat("training a row")
+            with watch("forward"):
+                part = self._forward(row.to(self.device), "train", None)
+            losses.append(part.detach().double())
+            with watch("backward"):
+                self._backward(part, total_weight, last=i == len(rows) - 1)
+        self.heart.beat("optimizer step")
+        with watch("optimizer"):
+            grad_norm = self._step()
+        boundary_bytes = 0
+        if replay:
+            boundary_bytes = self._inputs().peak_bytes
+            self._inputs().stop()
+        each = torch.stack(losses).tolist()
+        bad = [row.where for row, loss in zip(rows, each, strict=True) if not math.isfinite(loss)]
+        broken = tuple(itertools.chain.from_iterable(bad))
+        return TrainStats(
+            math.fsum(each) if not bad else math.nan,
+            grad_norm,
+            watch.seconds(),
+            boundary_bytes,
+            broken,
+        )
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether `score(keep=True)` and `train(replay=True)` work with this model."""
+        return self.model.block_inputs is not None
+
+    def _inputs(self) -> BlockInputs:
+        assert self.model.block_inputs is not None, "this model is not set up for forward reuse"
+        return self.model.block_inputs
+
+    def _whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        """Inside, these parameters are whole on every rank."""
+        return nullcontext()
+
+    @abstractmethod
+    def _forward(self, row: PackedRow, mode: str, wants: Wants | None) -> Any: ...
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, total_weight: float, last: bool) -> None: ...
+
+    @abstractmethod
+    def _step(self) -> float:
+        """The optimizer's step; returns the gradients' norm before clipping.
+
+        Gradients that are NaN or infinite change nothing, on any rank; the norm is then inf.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path, writer: TensorWriter) -> None:
+        """Write this rank's share of weights and optimizer state into `folder`."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote, on the same number of ranks.
+
+        Raises:
+            ValueError: a file is damaged or holds more than tensors; named, and nothing was run.
+        """
+
+    @abstractmethod
+    def load_whole(self, folder: Path) -> None:
+        """Continue from what any engine's `save` wrote on any number of ranks.
+
+        Raises:
+            ValueError: as `load`, or these ways of training cannot take over from each other.
+        """
+
+    def state_bytes(self) -> int:
+        """About what `save` writes, over all ranks: float32 weights and AdamW's two moments."""
+        weights = (getattr(p, "ds_numel", p.numel()) for p in trainable(self.model))
+        return 12 * sum(weights)
+
+    def _load_buffers(self, others: dict[str, Tensor]) -> None:
+        for name, buffer in self.model.lm.named_buffers():
+            if name in others:
+                buffer.copy_(others[name])
+
+
+def load_lm(config: Config, model_config: Any) -> Any:
+    lm = load_model(
+        config.model.path,
+        model_config,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        seed=config.seed,
+    )
+    if config.model.lora is not None:
+        add_adapter(lm, config.model.lora, config.seed)
+    return lm
+
+
+def prepare_blocks(config: Config, lm: Any) -> BlockInputs | None:
+    """Activation checkpointing as configured; the recorder where the forward is to be reused.
+
+    Raises:
+        ValueError: reuse is asked for and the model does not allow it.
+    """
+    if not config.model.gradient_checkpointing:
+        return None
+    if config.step.forward != "separate":
+        try:
+            return install(lm, on_host=config.step.boundaries == "host")
+        except ValueError as error:
+            if config.step.forward == "reuse":
+                raise
+            if os.environ.get("RANK", "0") == "0":
+                print(f"step.forward: separate, because {error}", file=sys.stderr)
+    enable_checkpointing(lm)
+    return None
+
+
+def make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
+    # torch's own AdamW needs no compiler on the user's machine, unlike DeepSpeed's.
+    o = config.optimizer
+    return torch.optim.AdamW(
+        parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+    )

@@ -1,0 +1,139 @@
+"""Joining the other ranks, how long to wait for them, and leaving together."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from slap_ds.builds import refuse_stale_locks
+from slap_ds.comm import Comm
+from slap_ds.config import Config
+from slap_ds.launch_env import discover
+from slap_ds.peers import Heart
+from slap_ds.watchdog import Watchdog
+
+# How much longer torch waits than the watchdog, seconds.
+_MARGIN_S = 3.0
+
+
+class RankError(RuntimeError):
+    """A mistake or fault that this rank has seen and others perhaps not, so this one reports it."""
+
+
+class PortTaken(RankError):
+    """Rank 0 cannot listen; on another port, or later, it may."""
+
+
+def start_ranks(config: Config, dog: Watchdog | None = None) -> Comm:
+    """Join the process group the launcher set up (`launch_env` knows which); alone: one rank.
+
+    Args:
+        dog: is told of the other ranks, and ends this one if they leave it waiting.
+
+    Raises:
+        ValueError: several ranks with the one-process engine; a launcher's variables are wrong;
+            the master port is taken; a killed build left a lock.
+    """
+    place = discover(os.environ)
+    heart = Heart() if dog is None else dog.heart
+    if config.engine.kind == "torch":
+        if place.world > 1:
+            raise ValueError(
+                f"engine.kind torch runs on one rank, the launcher started {place.world}"
+            )
+        return Comm(heart=heart)
+    if place.world > 1:
+        heart.limit_s = config.engine.start_timeout_s
+    heart.beat("looking for locks of builds")
+    refuse_stale_locks(os.environ)
+    import deepspeed
+
+    os.environ.update(place.variables())
+    heart.beat("joining the ranks")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank)
+    waiting = datetime.timedelta(seconds=config.engine.start_timeout_s + _MARGIN_S)
+    try:
+        deepspeed.init_distributed(timeout=waiting, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise PortTaken(
+            f"MASTER_PORT {place.port} is taken on {place.address}: another run, or one that has "
+            "not ended yet; choose another port"
+        ) from error
+    backend = dist.get_backend()
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else "cpu"
+    comm = Comm(dist.get_rank(), dist.get_world_size(), torch.device(device), heart=heart)
+    if comm.world > 1:
+        comm.watch(os.environ["MASTER_ADDR"])
+    if dog is not None:
+        comm.peers.folder = dog.folder
+        dog.peers = comm.peers
+    return comm
+
+
+def limit_waiting(seconds: float) -> None:
+    """Let no process group wait longer; those DeepSpeed makes have torch's 10 or 30 minutes.
+
+    A little longer than the watchdog waits: it can say who is missing, torch's own cannot.
+    """
+    seconds += _MARGIN_S
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if dist.get_rank(group) >= 0:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def stop_ranks(comm: Comm, code: int = 0) -> None:
+    """End a finished run: with several ranks all processes exit here, together, with this status.
+
+    Not through the interpreter's own exit: a thread of the communication libraries that wakes up
+    while it is torn down aborts the process now and then ("terminate called without an active
+    exception"), and the launcher takes the finished run for a failed one.
+    """
+    if comm.world > 1:
+        comm.barrier(-1, "the end of the run")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def logged_collectives() -> Iterator[dict[str, tuple[int, int]]]:
+    """Count DeepSpeed's own collectives; after the block: {operation: (calls, bytes)}, this rank's.
+
+    Every one of them is timed meanwhile, so that steps take longer.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    if not dist.is_initialized():
+        yield found
+        return
+    from deepspeed import comm as ds_comm
+
+    log: Any = ds_comm.comm.comms_logger
+    ds_comm.configure(enabled=True, prof_all=True, verbose=False)
+    log.comms_dict.clear()
+    try:
+        yield found
+    finally:
+        ds_comm.configure(enabled=False)
+    for operation, by_size in log.comms_dict.items():
+        calls = sum(int(entry[0]) for entry in by_size.values())
+        found[operation] = calls, sum(int(size) * int(e[0]) for size, e in by_size.items())
+
+
+def build_extensions() -> None:
+    """Compile what DeepSpeed needs on this accelerator, once, before several ranks want it."""
+    if not torch.cuda.is_available():
+        from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+
+        ShareMemCommBuilder().load(verbose=False)

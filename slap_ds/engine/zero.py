@@ -1,0 +1,220 @@
+"""DeepSpeed, ZeRO stages 0 to 3."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slap_ds.comm import Comm
+from slap_ds.config import Config
+from slap_ds.data.packing import PackedRow
+from slap_ds.deepspeed_json import resolve_deepspeed
+from slap_ds.engine.base import MOMENTS, Engine, TrainStats, load_lm, make_optimizer, prepare_blocks
+from slap_ds.engine.ranks import limit_waiting
+from slap_ds.models.causal import (
+    PackedCausalLM,
+    count_parameters,
+    trainable,
+)
+from slap_ds.models.reuse import find_blocks
+from slap_ds.scoring import Scores, Wants
+from slap_ds.tensor_files import TensorWriter, read_tensors
+from slap_ds.whole_state import Key, WholeState, open_whole
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed, ZeRO 0 to 3."""
+
+    kind = "deepspeed"
+
+    def __init__(self, config: Config, model_config: Any, comm: Comm) -> None:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self.hidden_size = model_config.get_text_config().hidden_size
+        settings = resolve_deepspeed(config, comm.world, self.hidden_size)
+        if settings["zero_optimization"].get("stage") == 3:
+            # transformers looks for a living config object and then partitions while loading;
+            # zero.Init around from_config fails.
+            self._partitioner = HfDeepSpeedConfig(settings)
+        if settings.get("bf16", {}).get("enabled"):
+            settings["bf16"].setdefault("check_grad_overflow", True)
+        lm = load_lm(config, model_config)
+        inputs = prepare_blocks(config, lm)
+        self.partitioned = settings["zero_optimization"].get("stage") == 3
+        lora = config.model.lora
+        self.adapts = lora is not None
+        if self.partitioned and (config.model.gradient_checkpointing or (lora and lora.use_dora)):
+            # One gather a block. Replay skips the inside of a block in the forward, so the hooks
+            # have to sit on the block itself; DoRA reads a layer's weight outside that layer.
+            # A model without one list of blocks runs with finer hooks, and without replay.
+            with contextlib.suppress(ValueError):
+                deepspeed.utils.set_z3_leaf_modules(lm, [type(find_blocks(lm)[0])])
+        self.model = PackedCausalLM(lm, config.scoring.chunk_tokens, inputs)
+        self.parameters = count_parameters(lm)
+        self.rank, self.world = comm.rank, comm.world
+        self.engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=make_optimizer(config, trainable(lm)),
+            config=settings,
+        )
+        limit_waiting(config.engine.start_timeout_s)
+        self.heart = comm.heart
+        # A script that unpickles without limits, copied into every checkpoint; `slap-ds export`
+        # does its work.
+        self.engine._copy_recovery_script = lambda save_path: None
+        self.engine.train()
+        self.optimizer = self.engine.optimizer
+        self.device = torch.device(self.engine.device)
+        self.settings = settings
+        self._traced = False
+
+    def score(self, rows: Sequence[PackedRow], wants: Wants, keep: bool = False) -> Scores:
+        if self.partitioned and not self._traced:
+            self._record_trace()
+        return super().score(rows, wants, keep)
+
+    def train(
+        self, rows: Sequence[PackedRow], total_weight: float, lr: float, replay: bool = False
+    ) -> TrainStats:
+        self._traced = True
+        return super().train(rows, total_weight, lr, replay)
+
+    def _record_trace(self) -> None:
+        """Run an empty row forward and backward before the first scoring.
+
+        ZeRO-3 prefetches along the order of modules that it saw first. A forward without backward
+        is the beginning of a training row's order and leaves it valid; the other way round it is
+        thrown away and recorded anew at every step. The row adds zeros to the gradients.
+        """
+        self._traced = True
+        loss = self._forward(PackedRow.empty().to(self.device), "train", None)
+        self._backward(loss, 1.0, last=False)
+
+    def _whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        if self.settings["zero_optimization"].get("stage") != 3:
+            return nullcontext()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        gathered: AbstractContextManager[Any] = GatheredParameters(parameters)
+        return gathered
+
+    def _forward(self, row: PackedRow, mode: str, wants: Wants | None) -> Any:
+        return self.engine(row, mode, wants)
+
+    def _backward(self, loss: Tensor, total_weight: float, last: bool) -> None:
+        # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * (self.world / total_weight), scale_wrt_gas=False)
+
+    def _step(self) -> float:
+        # ZeRO 1 to 3 skip such a step themselves. Without ZeRO every rank holds all gradients.
+        if self.settings["zero_optimization"].get("stage", 0) == 0:
+            gradients = [p.grad for p in trainable(self.model) if p.grad is not None]
+            if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+                self.engine.optimizer.zero_grad()
+                return math.inf
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def save(self, folder: Path, writer: TensorWriter) -> None:
+        self.engine.checkpoint_engine = tensor_files(writer)
+        # Frozen weights are where they were loaded from.
+        self.engine.save_checkpoint(
+            str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=self.adapts
+        )
+
+    def load(self, folder: Path) -> None:
+        self.engine.checkpoint_engine = tensor_files(TensorWriter())
+        self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=not self.adapts)
+
+    def load_whole(self, folder: Path) -> None:
+        stage = int(self.settings["zero_optimization"].get("stage", 0))
+        if stage == 0:
+            raise ValueError(
+                "checkpoint.reshard works with ZeRO 1 to 3 and with engine.kind torch: resume with "
+                "as many ranks as saved"
+            )
+        whole = open_whole(folder)
+        names = {p: n.removeprefix("lm.") for p, n in self.engine.param_names.items()}
+        optimizer = self.engine.optimizer
+        with torch.no_grad():
+            self._load_buffers(whole.others)
+            if stage == 3:
+                self._load_partitions(whole, names)
+            else:
+                from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+                for flat in optimizer.single_partition_of_fp32_groups:
+                    made: dict[str, Tensor] = {"step": torch.tensor(whole.step)}
+                    made |= {key: torch.zeros_like(flat) for key in MOMENTS}
+                    optimizer.optimizer.state[flat] = made
+                optimizer._lazy_init_hp_params_optimizer_state()
+                for parameter in trainable(self.model):
+                    name = names[parameter]
+                    value = whole.tensor(name, "fp32").to(self.device)
+                    safe_set_full_fp32_param(parameter, value)
+                    for key in MOMENTS:
+                        value = whole.tensor(name, key).to(self.device)
+                        safe_set_full_optimizer_state(parameter, value, key)
+                optimizer.update_lp_params()
+        self.engine.global_steps = int(whole.step)
+
+    def _load_partitions(self, whole: WholeState, names: dict[Any, str]) -> None:
+        """ZeRO-3: write this rank's part of the state as its own checkpoint would hold it, and let
+        DeepSpeed load that."""
+        optimizer = self.engine.optimizer
+        optimizer.checkpoint_event_prologue()
+        state = optimizer.state_dict()
+        flats: dict[Key, list[Tensor]] = {key: [] for key in ("fp32", *MOMENTS)}
+        for group, flat in zip(
+            optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True
+        ):
+            for key, made in flats.items():
+                made.append(torch.zeros_like(flat))
+                offset = 0
+                for parameter in group:
+                    size = parameter.ds_tensor.ds_numel
+                    value = whole.tensor(names[parameter], key).flatten()
+                    part = value[self.rank * size : (self.rank + 1) * size]
+                    made[-1][offset : offset + len(part)].copy_(part)
+                    offset += size
+        state["fp32_flat_groups"] = flats["fp32"]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for i in range(len(flats["fp32"])):
+            moments[i] = {"step": torch.tensor(whole.step)}
+            moments[i] |= {key: flats[key][i] for key in MOMENTS}
+        state["optimizer_state_dict"]["state"] = moments
+        optimizer.load_state_dict([None] * self.rank + [state])
+        optimizer.checkpoint_event_epilogue()
+
+
+def tensor_files(writer: TensorWriter) -> Any:
+    """What DeepSpeed saves and loads its files with: hashed, and never unpickled freely."""
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class TensorFiles(CheckpointEngine):  # type: ignore[misc]
+        def create(self, info: Any) -> None:
+            pass
+
+        def save(self, state_dict: Any, path: str) -> None:
+            writer.write(state_dict, Path(path))
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return read_tensors(Path(path), [ZeroStageEnum, LossScaler, fragment_address])
+
+        def commit(self, info: Any) -> bool:
+            return True
+
+    return TensorFiles()
