@@ -7,6 +7,7 @@ Replaces what stands between `<!-- study: ... -->` and `<!-- /study -->`.
 
 import argparse
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -22,9 +23,11 @@ def main() -> None:
     options = parser.parse_args()
     with options.comparisons.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["seeds"] != "1"]
+    # Of steps that took turns; the seconds of whole runs tell more about what else was running.
+    seconds = json.loads(options.comparisons.with_name("seconds.json").read_text("utf-8"))
     tables = {
         "tasks": tasks(rows, options.method, options.best),
-        "costs": costs(rows, options.method),
+        "costs": costs(rows, options.method, seconds),
         "methods": methods(rows),
         "strata": strata(rows, options.method),
         "variants": variants(rows),
@@ -56,7 +59,7 @@ def tasks(rows: list[dict[str, str]], method: str, best: str) -> str:
     return _table(["pruned", "task", f"{method}: loss", *against], body)
 
 
-def costs(rows: list[dict[str, str]], method: str) -> str:
+def costs(rows: list[dict[str, str]], method: str, seconds: dict[str, float]) -> str:
     """A method against all data at equal candidates, samples, FLOPs and seconds."""
     body = []
     for keep in ("0.8", "0.6", "0.4"):
@@ -67,8 +70,11 @@ def costs(rows: list[dict[str, str]], method: str) -> str:
                     f"{float(row[f'{cost}_ratio']):.2f}"
                     for cost in ("samples", "trained_tokens", "flops")
                 ]
-                body.append([f"{1 - float(keep):.0%}", basis, *ratios, _difference(row)])
-    head = ["pruned", "equal", "samples", "tokens", "FLOPs", "loss against all data"]
+                took = f"{seconds[f'{method}-keep{keep}']:.2f}" if basis == "candidates" else ""
+                pruned = f"{1 - float(keep):.0%}"
+                body.append([pruned, basis, *ratios, took, row["seeds"], _difference(row)])
+    head = ["pruned", "equal", "samples", "tokens", "FLOPs", "seconds", "seeds"]
+    head.append("loss against all data")
     return _table(head, body)
 
 
