@@ -91,7 +91,7 @@ def lines_with_intervals(
         for i, (name, points) in enumerate(lines.items()):
             at, height, bottom, top = np.asarray(points, dtype=float).T
             # Side by side, or error bars at the same x would hide each other.
-            shift = (i - (len(lines) - 1) / 2) * 0.05
+            shift = (i - (len(lines) - 1) / 2) * min(0.05, 0.4 / len(lines))
             at = at * 2**shift if log_x else at + shift * step
             error = np.nan_to_num(np.stack([height - bottom, top - height]))
             axis.errorbar(at, height, error, label=name, capsize=2, markersize=4.5, **looks[name])

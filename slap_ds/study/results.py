@@ -50,7 +50,7 @@ def collect(folder: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for cell, config in zip(done, settings, strict=True):
         row = {"cell": cell.name, **asdict(cell)}
         row.update(_measured(folder / "cells" / cell.name))
-        row.update({f"config.{key}": _plain(config.get(key)) for key in differing})
+        row.update({f"config.{key}": _plain(config.get(key), folder) for key in differing})
         rows.append({**row, **facts})
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key) for key in keys} for row in rows]
@@ -143,6 +143,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _plain(value: Any) -> str | None:
-    # Text, because one Parquet column has one type.
-    return None if value is None else json.dumps(value)
+def _plain(value: Any, folder: Path) -> str | None:
+    # Text, because one Parquet column has one type; without the place where the study lies.
+    return None if value is None else json.dumps(value).replace(str(folder), "{study}")
