@@ -30,6 +30,8 @@ Exchange = Callable[[Sequence[int]], np.ndarray]
 # How long a failed rank goes on answering, so that the others do not take it for the cause.
 GRACE_S = 1.5
 _ASK_S = 1.0
+# How often the watchdog's thread wakes, seconds.
+TICK_S = 0.25
 # How a rank ends, in the terms of sysexits.h; docs/reliability.md has the list.
 DONE, USER_ERROR, LOST_PEER, FAILED, NO_MEMORY, PREEMPTED = 0, 1, 69, 70, 71, 75
 
@@ -45,6 +47,7 @@ class Heart:
     limit_s: float = math.inf  # the longest time without a beat
     stop: bool = False  # somebody wants this run to save and end
     frozen_s: float = 0.0  # this process was not given any time, since the last `take_frozen`
+    woken: float = math.inf  # when the watchdog's thread last woke; inf: there is none
 
     def beat(self, phase: str, step: int | None = None) -> None:
         if step is not None:
@@ -53,8 +56,18 @@ class Heart:
         self.beats += 1
         self.at = time.monotonic()
 
+    def wake(self) -> float:
+        """Seconds since the watchdog's thread last woke; far beyond its tick, they are a pause."""
+        now = time.monotonic()
+        slept, self.woken = now - self.woken, now
+        if slept > 4 * TICK_S:
+            self.frozen_s += slept - TICK_S
+        return slept
+
     def take_frozen(self) -> float:
         """Seconds this process was stopped or starved since the last call."""
+        if time.monotonic() - self.woken > 4 * TICK_S:
+            self.wake()  # after a pause this thread may run before the watchdog's
         seconds, self.frozen_s = self.frozen_s, 0.0
         return seconds
 

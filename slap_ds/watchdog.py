@@ -33,10 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from slap_ds.peers import FAILED, GRACE_S, LOST_PEER, PREEMPTED, Heart, Peers
+from slap_ds.peers import FAILED, GRACE_S, LOST_PEER, PREEMPTED, TICK_S, Heart, Peers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_TICK_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
 
@@ -103,21 +102,19 @@ class Watchdog:
 
     def run(self, signals: socket.socket) -> None:
         """The thread."""
-        written, woken, beats = 0.0, time.monotonic(), -1
+        written, beats = 0.0, -1
+        self.heart.woken = time.monotonic()
         every_s = max(1.0, self.world / 64)  # a shared file system has other things to do
         while not self._ended:
-            ready, _, _ = select.select([signals], [], [], _TICK_S)
-            now = time.monotonic()
-            slept, woken = now - woken, now
-            if slept > 4 * _TICK_S:
-                self.heart.frozen_s += slept - _TICK_S
+            ready, _, _ = select.select([signals], [], [], TICK_S)
+            slept, now = self.heart.wake(), self.heart.woken
             if ready:
                 self._signalled(signals.recv(64))
             if self._is_orphan():
                 self._stop("the launcher has gone")
             # Time in which this process did not run is not held against it.
             same = beats == self.heart.beats
-            self._still_s = self._still_s + min(slept, 4 * _TICK_S) if same else 0.0
+            self._still_s = self._still_s + min(slept, 4 * TICK_S) if same else 0.0
             beats = self.heart.beats
             if self._stop_at is not None and now > self._stop_at:
                 why = f"not at the end of a step {self.stop_timeout_s:g} s after the request"
