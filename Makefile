@@ -54,6 +54,8 @@ test-nodes: install-test
 study: install-test
 	$(BIN)/slap-ds study configs/study/cpu.yaml --jobs $(JOBS)
 	$(BIN)/slap-ds report runs/studies/cpu
+	$(BIN)/python benchmarks/study_tables.py runs/studies/cpu/comparisons.csv --best uds \
+	  --into docs/experiments.md
 
 study-quick: install-test
 	$(BIN)/slap-ds study configs/study/quick.yaml --jobs $(JOBS)
