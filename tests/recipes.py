@@ -19,22 +19,28 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+# Of a 2-block model on the demo vocabulary.
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+}
+
+
 def tiny_model(folder: Path, kind: str = "llama", **changes: Any) -> str:
     """Fresh weights of a 2-block model on the demo vocabulary, saved as a Hugging Face folder."""
     from slap_ds.models.load import load_config, load_model
 
     fields = {
         **TINY[kind],
-        "vocab_size": 2048,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "eos_token_id": 2,
-        "bos_token_id": 0,
+        **SIZES,
         # Larger than usual, so that ten steps move something.
         "initializer_range": 0.1,
         **changes,

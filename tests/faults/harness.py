@@ -24,6 +24,7 @@ import yaml
 
 from slap_ds import checkpoint as checkpoints
 from slap_ds.metrics import read_lines
+from tests.recipes import SIZES
 
 STEPS = 8
 _context = multiprocessing.get_context("forkserver")
@@ -37,19 +38,7 @@ def write_config(folder: Path, name: str, **sections) -> Path:
         "steps": STEPS,
         "seed": 3,
         "model": {
-            "config": {
-                "model_type": "llama",
-                "vocab_size": 2048,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 512,
-                "pad_token_id": 0,
-                "eos_token_id": 2,
-                "bos_token_id": 0,
-            },
+            "config": {"model_type": "llama", **SIZES},
             "tokenizer": "builtin:demo",
         },
         "data": {"train": ["builtin:demo/train"], "max_tokens": 256},
