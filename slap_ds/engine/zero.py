@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,11 +19,7 @@ from slap_ds.data.packing import PackedRow
 from slap_ds.deepspeed_json import resolve_deepspeed
 from slap_ds.engine.base import MOMENTS, Engine, TrainStats, load_lm, make_optimizer, prepare_blocks
 from slap_ds.engine.ranks import limit_waiting
-from slap_ds.models.causal import (
-    PackedCausalLM,
-    count_parameters,
-    trainable,
-)
+from slap_ds.models.causal import PackedCausalLM, count_parameters, trainable
 from slap_ds.models.reuse import find_blocks
 from slap_ds.scoring import Scores, Wants
 from slap_ds.tensor_files import TensorWriter, read_tensors
@@ -203,6 +200,10 @@ def tensor_files(writer: TensorWriter) -> Any:
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
+
+    # Python 3.11.0 to 3.11.3 pickle a member of an enum as a call of getattr, which no reader of
+    # ours allows: by its value instead, on every version.
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
     class TensorFiles(CheckpointEngine):  # type: ignore[misc]
         def create(self, info: Any) -> None:
