@@ -40,8 +40,9 @@ test: install-test lint
 	  tests
 
 test-faults: install-test
-	SLAP_FAULT_TABLE=benchmarks/results/faults.json $(BIN)/python -m pytest -m "faults or not faults" \
-	  tests/faults
+	if [ "$$(id -u)" = 0 ]; then tests/nodes/install.sh; fi
+	SLAP_FAULT_TABLE=benchmarks/results/faults.json \
+	  $(BIN)/python -m pytest -m "faults or fault_row" tests
 	$(BIN)/python tests/faults/table.py benchmarks/results/faults.json
 
 MINUTES ?= 20

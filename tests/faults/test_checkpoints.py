@@ -21,6 +21,7 @@ from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.fault_row(9)
 @pytest.mark.parametrize("background", [False, True])
 def test_runs_killed_while_saving_load_and_end_the_same(background, tmp_path):
     counts = kill_saves(5, ranks=1, background=background, seed=1, work=tmp_path)
@@ -28,6 +29,7 @@ def test_runs_killed_while_saving_load_and_end_the_same(background, tmp_path):
     assert counts["runs"] == counts["runs_equal"] >= 1
 
 
+@pytest.mark.fault_row(9)
 def test_ranks_killed_while_saving_load_and_end_the_same(tmp_path):
     counts = kill_saves(2, ranks=2, background=False, seed=2, work=tmp_path)
     assert counts["loadable"] == 2
@@ -50,6 +52,7 @@ def read(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
 
 
+@pytest.mark.fault_row(15)
 @pytest.mark.parametrize(
     ("dtype", "stage", "path"),
     [
@@ -96,6 +99,7 @@ def test_other_ranks_go_on_with_the_same_batches_picks_and_losses(
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= limit
 
 
+@pytest.mark.fault_row(15)
 def test_a_resharded_state_is_the_saved_one_bit_for_bit(model, tmp_path):
     """Loaded on other ranks and saved again without a step, weights and moments are unchanged."""
     config = tiny_config(
@@ -137,6 +141,7 @@ def test_whole_weights_are_those_deepspeed_puts_together(model, tmp_path):
         assert torch.equal(value, theirs["lm." + name])
 
 
+@pytest.mark.fault_row(11)
 def test_a_swapped_or_flipped_shard_falls_back_on_every_rank(model, tmp_path):
     config = tiny_config(
         model,
@@ -156,6 +161,7 @@ def test_a_swapped_or_flipped_shard_falls_back_on_every_rank(model, tmp_path):
     assert losses(read(tmp_path / "run")) == whole
 
 
+@pytest.mark.fault_row(10)
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, as root")
 def test_a_full_file_system_is_named_and_the_last_good_one_stays(model, tmp_path):
     script = (
@@ -195,6 +201,7 @@ def test_a_full_file_system_is_named_and_the_last_good_one_stays(model, tmp_path
     assert int(left.split()[1]) >= 1
 
 
+@pytest.mark.fault_row(15)
 def test_other_ranks_are_refused_without_reshard(model, tmp_path):
     config = tiny_config(model, tmp_path / "run", steps=1, data={"eval": []})
     on_ranks(config, 2)

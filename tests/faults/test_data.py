@@ -15,6 +15,7 @@ from slap_ds.data.guard import guarded
 from slap_ds.data.sources import Limits
 from tests.unit.test_store import build, row, write
 
+pytestmark = pytest.mark.fault_row(17)
 GOOD = json.dumps(row("a question", "an answer")).encode()
 BAD = {
     b"[" * 200_000: "nested deeper than 64 levels",

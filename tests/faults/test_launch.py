@@ -79,6 +79,7 @@ def finish_undisturbed(config, folder, steps):
     assert_same(folder / config.stem, folder / "other")
 
 
+@pytest.mark.fault_row(14)
 @pytest.mark.parametrize("whom", ["helper", "launcher"])
 def test_a_killed_launcher_takes_its_ranks_along(tmp_path, measured, whom):
     """Without a supervisor: `deepspeed` itself, or the process it starts the ranks with."""
@@ -92,7 +93,7 @@ def test_a_killed_launcher_takes_its_ranks_along(tmp_path, measured, whom):
         job.process.wait()
         job.until(lambda: not left_over(str(config)), 60)
         took_s = time.monotonic() - start
-    measured(14, f"deepspeed's {whom} killed: saved, all gone", took_s, 20)
+    measured(f"deepspeed's {whom} killed: saved, all gone", took_s, 20)
     found = heartbeats(tmp_path / "run")
     assert [facts["exit"] for facts in found] == [75, 75], job.said()
     assert "the launcher has gone" in {facts["cause"] for facts in found}
@@ -101,10 +102,14 @@ def test_a_killed_launcher_takes_its_ranks_along(tmp_path, measured, whom):
 
 
 @pytest.mark.parametrize(
-    ("fault", "row"),
-    [("kill@1,4,forward", 1), ("stop@0,4,backward", 3), ("orphan@1,4,forward", 14)],
+    "fault",
+    [
+        pytest.param("kill@1,4,forward", marks=pytest.mark.fault_row(1)),
+        pytest.param("stop@0,4,backward", marks=pytest.mark.fault_row(3)),
+        pytest.param("orphan@1,4,forward", marks=pytest.mark.fault_row(14)),
+    ],
 )
-def test_a_supervised_run_goes_on(tmp_path, undisturbed, measured, fault, row):
+def test_a_supervised_run_goes_on(tmp_path, undisturbed, measured, fault):
     config = write_config(tmp_path, "run")
     with Launched(tmp_path, supervised(config), SLAP_FAULT=fault) as job:
         job.until(lambda: "attempt 1 ended" in job.said())
@@ -115,10 +120,11 @@ def test_a_supervised_run_goes_on(tmp_path, undisturbed, measured, fault, row):
         assert job.process.wait(240) == 0, job.said()
     assert "attempt 1 ended with " in first
     assert not left_over(str(config))
-    measured(row, f"{fault} under slap-ds launch: the next new step", took_s, None)
+    measured(f"{fault} under slap-ds launch: the next new step", took_s, None)
     assert_same(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.fault_row(13)
 def test_a_supervised_run_asked_to_stop(tmp_path, measured):
     config = write_config(tmp_path, "run", **LONG)
     with Launched(tmp_path, supervised(config)) as job:
@@ -128,11 +134,12 @@ def test_a_supervised_run_asked_to_stop(tmp_path, measured):
         assert job.process.wait(60) == 75, job.said()
         took_s = time.monotonic() - start
     assert not left_over(str(config))
-    measured(13, "SIGTERM to slap-ds launch: saved, all gone", took_s, 20)
+    measured("SIGTERM to slap-ds launch: saved, all gone", took_s, 20)
     steps = len([r for r in read_lines(tmp_path / "run/metrics.jsonl") if r["event"] == "train"])
     finish_undisturbed(config, tmp_path, steps)
 
 
+@pytest.mark.fault_row(14)
 def test_a_killed_supervisor_leaves_nothing(tmp_path, measured):
     config = write_config(tmp_path, "run", **LONG)
     with Launched(tmp_path, supervised(config)) as job:
@@ -140,10 +147,11 @@ def test_a_killed_supervisor_leaves_nothing(tmp_path, measured):
         job.process.kill()
         start = time.monotonic()
         job.until(lambda: not left_over(str(config)), 60)
-    measured(14, "slap-ds launch killed: saved, all gone", time.monotonic() - start, 20)
+    measured("slap-ds launch killed: saved, all gone", time.monotonic() - start, 20)
     assert [facts["exit"] for facts in heartbeats(tmp_path / "run")] == [75, 75]
 
 
+@pytest.mark.fault_row(2)
 def test_a_fault_that_comes_back_ends_it(tmp_path, undisturbed):
     config = write_config(tmp_path, "run")
     with Launched(tmp_path, supervised(config), SLAP_FAULT="raise@1,4,step,*") as job:

@@ -15,6 +15,7 @@ from slap_ds.whole_state import whole_weights
 from tests.ranks import run_ranks
 from tests.recipes import picks, run_config, tiny_config, tiny_model
 
+pytestmark = pytest.mark.fault_row(8)
 EMBEDDING = "model.embed_tokens.weight"
 
 

@@ -33,6 +33,7 @@ def seconds_of(job, condition):
 SITES = ["forward", "all_gather", "scatter", "step"]
 
 
+@pytest.mark.fault_row(1)
 @pytest.mark.parametrize(
     "site", [pytest.param(s, marks=() if s == "all_gather" else faults) for s in SITES]
 )
@@ -41,7 +42,7 @@ def test_killed(tmp_path, undisturbed, measured, site):
     with Job(config, fault=f"kill@1,4,{site}") as job:
         codes, took_s = seconds_of(job, lambda: not job.ranks[1].is_alive())
     assert codes == [69, -signal.SIGKILL]
-    measured(1, f"a rank killed in {site}: all gone", took_s, 10)
+    measured(f"a rank killed in {site}: all gone", took_s, 10)
     (line,) = job.lines(0)
     assert line.startswith("slap-ds: error (rank 0): step 4, ")
     assert "no answer from rank 1 (127.0.0.1): killed, frozen, or its network is down" in line
@@ -49,6 +50,7 @@ def test_killed(tmp_path, undisturbed, measured, site):
     assert_same(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.fault_row(2)
 def test_exception_on_one_rank(tmp_path, undisturbed, measured):
     config = write_config(tmp_path, "run")
     with Job(config, fault="raise@1,4,backward") as job:
@@ -62,12 +64,13 @@ def test_exception_on_one_rank(tmp_path, undisturbed, measured):
     assert "error (rank 0): step 4, " in other
     assert "rank 1 (127.0.0.1) failed: RuntimeError: a fault on purpose" in other
     assert "Traceback" not in job.said(0)
-    measured(2, "an exception on one rank: all gone", took_s, 10)
+    measured("an exception on one rank: all gone", took_s, 10)
     run_through(config)
     assert_same(tmp_path / "run", undisturbed)
 
 
 @faults
+@pytest.mark.fault_row(3)
 @pytest.mark.parametrize("site", ["all_gather", "backward"])
 def test_frozen(tmp_path, undisturbed, measured, site):
     """The others stop; whoever froze is ended from outside, by the supervisor or a launcher."""
@@ -79,7 +82,7 @@ def test_frozen(tmp_path, undisturbed, measured, site):
         assert job.ranks[0].exitcode == 69
         job.kill_stopped()
         job.wait()
-    measured(3, f"a rank frozen in {site}: the others gone", took_s, TIMEOUT_S + 5)
+    measured(f"a rank frozen in {site}: the others gone", took_s, TIMEOUT_S + 5)
     (line,) = job.lines(0)
     assert line.startswith("slap-ds: error (rank 0): step 4, ")
     assert "no answer from rank 1 (127.0.0.1)" in line
@@ -91,6 +94,7 @@ def test_frozen(tmp_path, undisturbed, measured, site):
 
 
 @faults
+@pytest.mark.fault_row(3)
 def test_frozen_rank_0_is_named_by_the_others(tmp_path):
     config = write_config(tmp_path, "run")
     with Job(config, fault="stop@0,4,forward") as job:
@@ -101,6 +105,7 @@ def test_frozen_rank_0_is_named_by_the_others(tmp_path):
 
 
 @faults
+@pytest.mark.fault_row(3)
 def test_slow_rank_is_reported_and_changes_nothing(tmp_path, undisturbed):
     config = write_config(tmp_path, "run")
     with Job(config, fault="slow@1,5,scatter") as job:
@@ -115,6 +120,7 @@ def test_slow_rank_is_reported_and_changes_nothing(tmp_path, undisturbed):
 
 
 @faults
+@pytest.mark.fault_row(3)
 def test_a_rank_stopped_for_a_while_goes_on(tmp_path, undisturbed):
     config = write_config(tmp_path, "run")
     with Job(config, fault="stop@1,5,forward") as job:
@@ -129,6 +135,7 @@ def test_a_rank_stopped_for_a_while_goes_on(tmp_path, undisturbed):
     assert_same(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.fault_row(5)
 def test_skipped_collective_is_caught_in_its_step(tmp_path, undisturbed, measured):
     """The one that torch would pair with the next, of the same shape, for ever."""
     config = write_config(tmp_path, "run")
@@ -140,12 +147,13 @@ def test_skipped_collective_is_caught_in_its_step(tmp_path, undisturbed, measure
         "collective was skipped or reordered" in job.said(0)
     )
     assert max(step for step, _ in ledger(tmp_path / "run")) == 3
-    measured(5, "a skipped collective: all gone", took_s, TIMEOUT_S + 5)
+    measured("a skipped collective: all gone", took_s, TIMEOUT_S + 5)
     run_through(config)
     assert_same(tmp_path / "run", undisturbed)
 
 
 @faults
+@pytest.mark.fault_row(5)
 def test_skipped_collective_before_one_of_another_size(tmp_path, measured):
     """gloo itself notices, by ending the process."""
     config = write_config(tmp_path, "run")
@@ -154,10 +162,11 @@ def test_skipped_collective_before_one_of_another_size(tmp_path, measured):
     assert 0 not in codes
     assert "step 4" in job.said()
     assert max(step for step, _ in ledger(tmp_path / "run")) == 3
-    measured(5, "one before a collective of another size: all gone", took_s, TIMEOUT_S + 5)
+    measured("one before a collective of another size: all gone", took_s, TIMEOUT_S + 5)
 
 
 @faults
+@pytest.mark.fault_row(6)
 def test_other_picks_are_not_trained(tmp_path, undisturbed, measured):
     config = write_config(tmp_path, "run")
     with Job(config, fault="picks@1,4,scatter") as job:
@@ -167,12 +176,13 @@ def test_other_picks_are_not_trained(tmp_path, undisturbed, measured):
     assert words in job.said(0)
     assert words in job.said(1)
     assert all(facts["phase"] == "the hash of the picks" for facts in heartbeats(tmp_path / "run"))
-    measured(6, "other picks on one rank: all gone", took_s, 10)
+    measured("other picks on one rank: all gone", took_s, 10)
     run_through(config)
     assert_same(tmp_path / "run", undisturbed)
 
 
 @faults
+@pytest.mark.fault_row(7)
 def test_other_data_on_one_rank(tmp_path, measured):
     rows = [
         {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "yes"}]}
@@ -190,11 +200,10 @@ def test_other_data_on_one_rank(tmp_path, measured):
     assert codes == [70, 70], job.said()
     said = job.said()
     assert "the training data differs between rank 0 and ranks [1]" in said
-    measured(
-        7, "other data on one rank: all gone, from the start", time.monotonic() - job.start, 30
-    )
+    measured("other data on one rank: all gone, from the start", time.monotonic() - job.start, 30)
 
 
+@pytest.mark.fault_row(13)
 @pytest.mark.parametrize("kind", ["term", pytest.param("usr1", marks=faults)])
 def test_asked_to_stop(tmp_path, undisturbed, measured, kind):
     """One rank is asked, all save the same step and leave with 75; nothing is trained twice."""
@@ -206,12 +215,13 @@ def test_asked_to_stop(tmp_path, undisturbed, measured, kind):
     assert (tmp_path / "run/checkpoints/step-000004").is_dir()
     name = "SIGTERM" if kind == "term" else "SIGUSR1"
     assert heartbeats(tmp_path / "run")[1]["cause"] == name
-    measured(13, f"{name} on one rank: saved, all gone", took_s, 20)
+    measured(f"{name} on one rank: saved, all gone", took_s, 20)
     run_through(config)
     assert_same(tmp_path / "run", undisturbed)
 
 
 @faults
+@pytest.mark.fault_row(16)
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -228,12 +238,13 @@ def test_out_of_memory(tmp_path, undisturbed, measured, kind, words):
     assert line.startswith("slap-ds: error (rank 1): step 4, 'training a row': ")
     assert words in line
     assert f"rank 1 (127.0.0.1) failed: {words}" in job.said(0)
-    measured(16, f"out of memory ({kind}): all gone", took_s, 10)
+    measured(f"out of memory ({kind}): all gone", took_s, 10)
     run_through(config)
     assert_same(tmp_path / "run", undisturbed)
 
 
 @faults
+@pytest.mark.fault_row(19)
 def test_stale_build_lock(tmp_path, measured, monkeypatch):
     (tmp_path / "extensions/deepspeed_shm_comm").mkdir(parents=True)
     (tmp_path / "extensions/deepspeed_shm_comm/lock").touch()
@@ -243,9 +254,10 @@ def test_stale_build_lock(tmp_path, measured, monkeypatch):
     assert codes == [1, 1], job.said()
     assert "deepspeed_shm_comm/lock is " in job.said(0)
     assert "a build was killed" in job.said(0)
-    measured(19, "stale build lock: named", time.monotonic() - job.start, 30)
+    measured("stale build lock: named", time.monotonic() - job.start, 30)
 
 
+@pytest.mark.fault_row(19)
 def test_port_taken(tmp_path, measured, port):
     config = write_config(tmp_path, "run")
     with socket.create_server(("127.0.0.1", port)), Job(config, port=port) as job:
@@ -256,4 +268,4 @@ def test_port_taken(tmp_path, measured, port):
         job.ranks[1].join(10)
         assert job.ranks[1].exitcode == 75
     assert f"MASTER_PORT {port} is taken" in job.said(0)
-    measured(19, "master port taken: named", took_s, 30)
+    measured("master port taken: named", took_s, 30)

@@ -102,6 +102,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.fault_row(11)
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_refused_by_name_and_the_one_before_is_taken(kind, tmp_path, capsys):
     make(tmp_path)
@@ -117,6 +118,7 @@ def test_damage_is_refused_by_name_and_the_one_before_is_taken(kind, tmp_path, c
     assert "step-000002" in told[0]
 
 
+@pytest.mark.fault_row(11)
 def test_when_every_one_is_damaged_nothing_starts_anew(tmp_path):
     make(tmp_path, steps=2)
     for folder in (tmp_path / "checkpoints").glob("step-*"):
@@ -125,6 +127,7 @@ def test_when_every_one_is_damaged_nothing_starts_anew(tmp_path):
         newest(tmp_path, Comm())
 
 
+@pytest.mark.fault_row(12)
 @pytest.mark.parametrize("hint", ["../elsewhere", "", "step-000009", "\x00\xff", "/etc"])
 def test_latest_is_a_hint_and_no_more(hint, tmp_path, capsys):
     make(tmp_path)
@@ -138,6 +141,7 @@ def test_latest_is_a_hint_and_no_more(hint, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.fault_row(12)
 def test_latest_without_a_checkpoint_is_an_error(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     assert newest(tmp_path, Comm()) is None
@@ -146,6 +150,7 @@ def test_latest_without_a_checkpoint_is_an_error(tmp_path):
         newest(tmp_path, Comm())
 
 
+@pytest.mark.fault_row(12)
 def test_a_checkpoint_folder_that_leads_out_of_the_run_is_refused(tmp_path, capsys):
     make(tmp_path / "run")
     make(tmp_path / "other", steps=4)
@@ -155,6 +160,7 @@ def test_a_checkpoint_folder_that_leads_out_of_the_run_is_refused(tmp_path, caps
     assert "leads out of the run's folder" in capsys.readouterr().err
 
 
+@pytest.mark.fault_row(10)
 def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     saver = make(tmp_path)
     usage = shutil.disk_usage(tmp_path)
@@ -169,6 +175,7 @@ def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     assert names(tmp_path) == ["latest", "step-000001", "step-000002", "step-000003"]
 
 
+@pytest.mark.fault_row(10)
 @pytest.mark.parametrize("background", [False, True])
 def test_a_disk_that_fills_up_leaves_the_last_good_one(background, tmp_path):
     class Full(Numbers):
@@ -333,6 +340,7 @@ def _equal(a, b) -> bool:
     return a == b
 
 
+@pytest.mark.fault_row(11)
 def test_a_run_goes_back_past_a_damaged_checkpoint_and_ends_the_same(model, tmp_path, capsys):
     whole = losses(run_config(config(model, tmp_path / "whole", checkpoint={"every": 2})))
     again = config(model, tmp_path / "run", checkpoint={"every": 2, "keep_last": 9})

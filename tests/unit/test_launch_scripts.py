@@ -121,6 +121,7 @@ def test_pdsh_hosts_get_the_variables_and_nothing_is_left_behind(launch, tmp_pat
     assert not list(tmp_path.glob("tmp.*"))
 
 
+@pytest.mark.fault_row(18)
 @pytest.mark.parametrize("script", ["multi_node.sh", "openmpi.sh", "mpich.sh"])
 def test_bad_host_files_start_nothing(launch, script, tmp_path):
     done = launch(script, HOSTFILE="nowhere")
@@ -130,6 +131,7 @@ def test_bad_host_files_start_nothing(launch, script, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.fault_row(18)
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -192,6 +192,7 @@ def test_over_long_samples_are_cut_or_dropped_and_counted(tmp_path: Path) -> Non
     assert dropped.counts.truncated == dropped.counts.dropped_no_trained_tokens == 0
 
 
+@pytest.mark.fault_row(17)
 def test_bad_rows_are_written_down_with_file_line_and_reason(tmp_path: Path) -> None:
     rows = [*ROWS * 6, row("[INST]", "a"), {"x": 1}, row("q", "")]
     path = write(tmp_path / "data.jsonl", rows)

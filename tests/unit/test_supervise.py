@@ -144,6 +144,7 @@ def test_a_killed_supervisor_takes_its_launcher_along(launch, tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.fault_row(18)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
