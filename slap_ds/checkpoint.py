@@ -40,6 +40,8 @@ class CheckpointDamaged(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A finished checkpoint: `run_dir/checkpoints/step-NNNNNN` and its manifest."""
+
     folder: Path
     step: int
     manifest: dict[str, Any]
@@ -78,6 +80,7 @@ class Saver:
 
     @property
     def root(self) -> Path:
+        """The folder of all checkpoints of the run."""
         return self.run_dir / "checkpoints"
 
     def save(

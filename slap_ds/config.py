@@ -1,32 +1,27 @@
-"""The run's configuration: YAML + dotted command-line overrides -> one validated, frozen `Config`.
+"""Every setting of a run: one frozen `Config`, its defaults, meanings and what must fit together.
 
-    read_config("configs/demo.yaml", ["--selection.keep", "0.6"])
-
-Every mistake is reported at once, by its dotted key, with a suggestion where one is near. The
-DeepSpeed JSON stays a file of its own (deepspeed_json.py).
+config_file.py reads it from YAML and overrides; `slap-ds settings` prints the text below each
+setting. The DeepSpeed JSON stays a file of its own (deepspeed_json.py).
 """
 
 from __future__ import annotations
 
-import difflib
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-M = TypeVar("M", bound=BaseModel)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
+    """A group of settings: unknown keys are errors, and values never change."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
     )
 
 
 class LoraConfig(Section):
+    """`model.lora`: adapters beside frozen weights."""
+
     r: int = Field(16, ge=1)
     """Rank of the two matrices trained beside each adapted one."""
     alpha: int = Field(32, ge=1)
@@ -45,6 +40,8 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
+    """`model`: what is trained."""
+
     path: str | None = None
     """A Hugging Face model folder or hub name to start from."""
     config: dict[str, Any] | None = None
@@ -73,6 +70,8 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
+    """`data`: conversations, their template and their limits."""
+
     train: list[str] = Field(min_length=1)
     """Training files, folders, globs or hub names; `builtin:demo/train` ships in the package."""
     eval: list[str] = []
@@ -97,6 +96,8 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
+    """`batch`: sizes of the candidate batch and of packed rows."""
+
     candidates: int = Field(64, ge=1)
     """N: candidates drawn for one optimizer step, over all ranks."""
     micro_batch_tokens: int = Field(2048, ge=2)
@@ -106,6 +107,8 @@ class BatchConfig(Section):
 
 
 class StepConfig(Section):
+    """`step`: how scoring and training share a forward and the ranks."""
+
     forward: Literal["auto", "reuse", "separate"] = "auto"
     """reuse: the scoring forward is the training forward, only picks are recomputed and trained;
     separate: score, then train, with any model; auto: reuse where the model allows it."""
@@ -120,6 +123,8 @@ class StepConfig(Section):
 
 
 class CcsConfig(Section):
+    """`selection.ccs`, for method ccs."""
+
     beta: float = Field(0.0, ge=0, lt=1)
     """Share of the candidates dropped as hardest; published: 0.2 at 80 % pruning, 0.3 at 90 %."""
     strata: int = Field(50, ge=1)
@@ -127,6 +132,8 @@ class CcsConfig(Section):
 
 
 class InfoBatchConfig(Section):
+    """`selection.infobatch`, for method infobatch."""
+
     r: float | None = Field(None, gt=0, lt=1)
     """Probability of dropping a candidate whose remembered loss is below the mean; default: what
     keeps selection.keep of all candidates of the run. Published: 0.5."""
@@ -135,6 +142,8 @@ class InfoBatchConfig(Section):
 
 
 class SelectiveBackpropConfig(Section):
+    """`selection.selective_backprop`, for the method of that name."""
+
     schedule: Literal["always", "published"] = "always"
     """always: every step trains selection.keep of its candidates; published: only from start to
     end of the run, and there every interrupt-th step trains all."""
@@ -147,6 +156,8 @@ class SelectiveBackpropConfig(Section):
 
 
 class UdsConfig(Section):
+    """`selection.uds`, for method uds."""
+
     alpha: float | None = Field(None, ge=0)
     """Weight of the mean distance to recent picks; default: what gives it the standard deviation of
     the nuclear norms, step by step. Published, for other embeddings: 1.5e-3."""
@@ -157,6 +168,8 @@ class UdsConfig(Section):
 
 
 class GreatsConfig(Section):
+    """`selection.greats`, for method greats."""
+
     batch: int = Field(2, ge=1)
     """Validation samples drawn at each step."""
     eta: float | None = Field(None, ge=0)
@@ -164,6 +177,8 @@ class GreatsConfig(Section):
 
 
 class SelectionConfig(Section):
+    """`selection`: which candidates are trained."""
+
     method: str = "slap"
     """The selector, a key of slap_ds.selection.SELECTORS (docs/baselines.md): slap, random, full,
     hard, easy, el2n, grand, ccs, moderate, infobatch, selective_backprop, rho_loss, divbs, adacore,
@@ -232,6 +247,8 @@ class SelectionConfig(Section):
 
 
 class ScoringConfig(Section):
+    """`scoring`: what a candidate is judged by."""
+
     sketch: Literal["head_input", "head_kron", "hvp", "blocks_kron"] = "head_input"
     """What stands for a sample (docs/method.md). head_input: its gradient by the final hidden
     states; head_kron, blocks_kron: projected weight gradients; hvp: z * Hz of the head."""
@@ -276,6 +293,8 @@ class ScoringConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """`optimizer`: AdamW and its schedule."""
+
     lr: float = Field(2e-5, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -293,6 +312,8 @@ class OptimizerConfig(Section):
 
 
 class EngineConfig(Section):
+    """`engine`: DeepSpeed or plain PyTorch, and how long ranks wait."""
+
     kind: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed, or torch: one process, plain PyTorch, for tests and debugging."""
     deepspeed: str | None = None
@@ -307,6 +328,8 @@ class EngineConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """`checkpoint`: when, how many, and how they are taken up again."""
+
     # `async` is a word of Python's.
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -329,6 +352,8 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """`evaluation`: losses on the evaluation data during the run."""
+
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first step and after the last."""
     max_samples: int | None = Field(None, ge=1)
@@ -338,6 +363,8 @@ class EvaluationConfig(Section):
 
 
 class Config(Section):
+    """A run."""
+
     run_dir: str
     """Folder of this run: resolved config, metrics, picks, checkpoints."""
     steps: int | None = Field(None, ge=1)
@@ -399,130 +426,6 @@ class Config(Section):
 
     @property
     def score_row_tokens(self) -> int:
+        """Tokens of one packed row in scoring."""
         # Scoring keeps no graph, so its rows can be longer: fewer rows are fewer gathers of weights
         return self.batch.score_micro_batch_tokens or 2 * self.batch.micro_batch_tokens
-
-
-def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The validated configuration of a YAML file with `--section.key value` overrides.
-
-    Raises:
-        ValueError: listing every mistake found, one per line, by dotted key.
-        FileNotFoundError: no such file.
-    """
-    raw = read_yaml(path)
-    for key, value in _parse_overrides(overrides):
-        set_dotted(raw, key, value)
-    return validated(Config, raw, path)
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ValueError: something else is in it.
-        FileNotFoundError: no such file.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no config file at {path!r}")
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__}, expected a mapping of sections")
-    return raw
-
-
-def validated(model: type[M], raw: Mapping[str, Any], path: str) -> M:
-    """`raw`, the content of the file at `path`, as a `model`.
-
-    Raises:
-        ValueError: listing every mistake found, one per line, by dotted key.
-    """
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        lines = [_explain(e, model) for e in error.errors()]
-        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
-        raise ValueError(f"{path}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
-
-
-def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, description with its default) of every setting, in reading order."""
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        section = next((kind for kind in (inner, *get_args(inner)) if _is_section(kind)), None)
-        if section is not inner:
-            default = "required" if field.is_required() else f"default {field.default!r}"
-            key = f"{prefix}{field.alias or name}"
-            yield key, f"{field.description or ''} ({default})".strip()
-        if section is not None:
-            yield from config_keys(section, f"{prefix}{name}.")
-
-
-def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
-    return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """`--a.b value` and `--a.b=value`; values are YAML, so `[a, b]`, `null` and `1e-4` work."""
-    rest = list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--") or len(flag) == 2:
-            raise ValueError(f"expected an override such as --selection.keep 0.6, found {flag!r}")
-        key, equals, text = flag[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ValueError(f"--{key} has no value after it")
-            text = rest.pop(0)
-        try:
-            yield key.replace("-", "_"), yaml.safe_load(text)
-        except yaml.YAMLError:
-            yield key.replace("-", "_"), text
-
-
-def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        below = tree.setdefault(parent, {})
-        if not isinstance(below, dict):
-            raise ValueError(f"--{key}: {parent!r} is a single value, not a section")
-        tree = below
-    tree[last] = value
-
-
-def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "config"
-    if error["type"] == "extra_forbidden":
-        known = list(_section_fields(error["loc"][:-1], model))
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if error["type"] == "missing":
-        return f"{key}: missing, and it has no default"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error" and (len(error["loc"]) < 2):
-        return message if not error["loc"] else f"{key}: {message}"
-    return f"{key}: {message} (found {error['input']!r})"
-
-
-def _section_fields(location: Sequence[Any], root: type[BaseModel]) -> Iterator[str]:
-    model: Any = root
-    for part in location:
-        if get_origin(model) in (list, dict):
-            model = get_args(model)[-1]
-            continue
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        model = field.annotation if field is not None else None
-        if get_origin(model) in (Union, types.UnionType):
-            model = next((a for a in get_args(model) if hasattr(a, "model_fields")), None)
-    for name, field in getattr(model, "model_fields", {}).items():
-        yield field.alias or name
-
-
-def write_config(config: Config, path: Path) -> None:
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slap_ds.config import Config, set_dotted
+from slap_ds.config import Config
+from slap_ds.config_file import set_dotted
 
 DEFAULT_DEEPSPEED = Path(__file__).parent / "zero3.json"
 

@@ -30,6 +30,7 @@ class Interface(NamedTuple):
 
     @property
     def loopback(self) -> bool:
+        """Whether it reaches this machine alone."""
         return self.address.startswith("127.")
 
     @property

@@ -29,6 +29,7 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
+        """Add a record; it is in the file when this returns, NaN and Inf as null."""
         # A loss that is NaN is no JSON; readers get null.
         known = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -38,6 +39,7 @@ class JsonLines:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 

@@ -50,6 +50,7 @@ class Heart:
     woken: float = math.inf  # when the watchdog's thread last woke; inf: there is none
 
     def beat(self, phase: str, step: int | None = None) -> None:
+        """Progress: `phase` of `step` begins (default: of the same step)."""
         if step is not None:
             self.step = max(self.step, step)
         self.phase = phase

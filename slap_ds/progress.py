@@ -58,5 +58,6 @@ class Progress:
             self.note(f"step {self.done}/{self.steps}: {text}, {rate:.1f} samples/s")
 
     def note(self, text: str) -> None:
+        """Print a line, on the rank that shows progress."""
         if self.visible:
             self.console.print(text, highlight=False)

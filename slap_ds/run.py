@@ -16,7 +16,8 @@ import torch
 
 from slap_ds import checkpoint as checkpoints
 from slap_ds.comm import Comm
-from slap_ds.config import Config, write_config
+from slap_ds.config import Config
+from slap_ds.config_file import write_config
 from slap_ds.data.packing import Candidate, make_row
 from slap_ds.data.sources import Limits
 from slap_ds.data.store import TokenStore, build_store
@@ -70,6 +71,7 @@ class Run:
 
     @property
     def run_dir(self) -> Path:
+        """The folder of the run."""
         return Path(self.config.run_dir)
 
     @property

@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from slap_ds.config import read_config
+from slap_ds.config_file import read_config
 from slap_ds.launch_env import read_hostfile
 from slap_ds.peers import DONE, FAILED, LOST_PEER, PREEMPTED, USER_ERROR, read_heartbeat
 

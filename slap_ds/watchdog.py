@@ -85,17 +85,23 @@ class Watchdog:
             temporary.write_text(json.dumps(facts), encoding="utf-8")
             os.replace(temporary, path)
 
-    def end(self, code: int, cause: str, say: str = "") -> NoReturn:
-        """Leave from whatever thread, without what waits for other ranks at a normal exit."""
+    def end(self, code: int, cause: str, say: str = "", answered_s: float = 0.0) -> NoReturn:
+        """Leave from whatever thread, without what waits for other ranks at a normal exit.
+
+        Args:
+            answered_s: how long it has gone on answering others since it knew that it would leave.
+        """
         if say:
             print(say, file=sys.stderr, flush=True)
         self.record(code, cause)
         sys.stdout.flush()
         if code == LOST_PEER:
-            time.sleep(GRACE_S)  # goes on answering: it is not the one that has gone
+            # Goes on answering: it is not the one that has gone.
+            time.sleep(max(0.0, GRACE_S - answered_s))
         os._exit(code)
 
     def line(self, text: str, kind: str = "error") -> str:
+        """A line for users: rank, step and phase before `text`."""
         where = f" (rank {self.rank})" if self.world > 1 else ""
         at = f"step {self.heart.step}" if self.heart.step >= 0 else "before the first step"
         return f"slap-ds: {kind}{where}: {at}, {self.heart.phase!r}: {text}"
@@ -129,9 +135,10 @@ class Watchdog:
                     faulthandler.dump_traceback_later(self.heart.limit_s + 30, exit=True)
 
     def _stuck(self) -> NoReturn:
+        started = time.monotonic()
         why = self.peers.diagnose() if self.peers is not None else "the others did not join"
         why += f" (no progress for {self.heart.limit_s:g} s)"
-        self.end(LOST_PEER, why, self.line(why))
+        self.end(LOST_PEER, why, self.line(why), time.monotonic() - started)
 
     def _signalled(self, numbers: bytes) -> None:
         for number in numbers:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from slap_ds.config import read_config
+from slap_ds.config_file import read_config
 from slap_ds.estimate import Hardware, Shape, estimate
 from tests.unit.test_recipes import RECIPES, REPO, meta_model
 

@@ -56,6 +56,7 @@ def sweep_nodes(
 
 
 def default_launcher(hostfile: str | None) -> str:
+    """The launcher's command line; `{n}` in it: number of nodes with a host file, else of ranks."""
     if hostfile is None:
         return "deepspeed --num_gpus {n} --module slap_ds"
     return (

@@ -67,6 +67,7 @@ def plot(points: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def label(point: dict[str, Any]) -> str:
+    """What a point is called: the value swept over, or its number of ranks."""
     value = point["value"]
     return f"{value:g}" if value is not None else f"{point['ranks']} ranks"
 

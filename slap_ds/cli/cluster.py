@@ -83,7 +83,7 @@ def _estimate(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from slap_ds.config import read_config
+    from slap_ds.config_file import read_config
     from slap_ds.estimate import Hardware, Shape, estimate
     from slap_ds.models.load import load_config
 

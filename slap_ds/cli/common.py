@@ -15,6 +15,7 @@ OVERRIDES = "then any setting of the file, such as --selection.keep 0.8"
 
 
 def fail(message: str, every_rank: bool = False) -> NoReturn:
+    """End with one line and exit code 1; rank 0 says it for all, unless `every_rank` is set."""
     rank = rank_said(os.environ)
     if rank == 0 or every_rank:
         where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""

@@ -132,7 +132,7 @@ def _endpoint(options: argparse.Namespace) -> Endpoint | None:
 
 
 def _losses(options: argparse.Namespace, rest: list[str]) -> None:
-    from slap_ds.config import read_config
+    from slap_ds.config_file import read_config
 
     config = read_config(options.config, rest)
     from slap_ds.engine import start_ranks, stop_ranks
@@ -146,7 +146,7 @@ def _losses(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _curate(options: argparse.Namespace, rest: list[str]) -> None:
-    from slap_ds.config import read_config
+    from slap_ds.config_file import read_config
 
     if options.keep is not None:
         if not 0 < options.keep <= 1:

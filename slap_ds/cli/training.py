@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from slap_ds.config import read_config
+    from slap_ds.config_file import read_config
 
     config = read_config(options.config, rest)
     from slap_ds.comm import Comm
@@ -87,7 +87,7 @@ def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
     if (blame := comm.blame(error)) is not None:
         dog.end(LOST_PEER, blame, dog.line(blame))
     traceback.print_exception(error)
-    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    text = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
     code = FAILED
     if (memory := out_of_memory(error)) is not None:
         code, text = NO_MEMORY, memory
@@ -101,7 +101,7 @@ def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
 def _preview(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from slap_ds.config import read_config
+    from slap_ds.config_file import read_config
     from slap_ds.data.preview import preview
     from slap_ds.run import read_inputs
 
@@ -111,7 +111,7 @@ def _preview(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _settings(options: argparse.Namespace, rest: list[str]) -> None:
-    from slap_ds.config import config_keys
+    from slap_ds.config_file import config_keys
 
     for key, text in config_keys():
         print(f"{key}\n    {text}")

@@ -29,10 +29,12 @@ class Place:
         self._shared = mmap.mmap(-1, PLACE_BYTES)
 
     def set(self, text: str) -> None:
+        """Say what is worked on now; cut off where it is too long."""
         data = text.encode("utf-8", "replace")[: PLACE_BYTES - 2]
         self._shared[: len(data) + 1] = data + b"\0"
 
     def get(self) -> str:
+        """What was worked on last."""
         return self._shared[:].split(b"\0")[0].decode("utf-8", "replace")
 
 

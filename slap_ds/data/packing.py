@@ -41,9 +41,11 @@ class PackedRow(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Tokens of the row."""
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> PackedRow:
+        """The row on another device."""
         moved: Any = {
             name: part.to(device, non_blocking=True)
             for name, part in self._asdict().items()

@@ -19,6 +19,8 @@ BATCH_ROWS = 256
 
 
 class Origin(NamedTuple):
+    """A sample of the store together with the row it was made of."""
+
     position: int  # of the sample, in the store
     row: Mapping[str, Any]  # as read, all its fields
     conversation: Conversation

@@ -29,6 +29,7 @@ from slap_ds.engine.zero import DeepSpeedEngine
 
 
 def make_engine(config: Config, model_config: Any, comm: Comm) -> Engine:
+    """The engine that `config.engine.kind` names, around a model of `model_config`."""
     if config.engine.kind == "torch":
         return TorchEngine(config, model_config)
     return DeepSpeedEngine(config, model_config, comm)

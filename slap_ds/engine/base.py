@@ -185,6 +185,7 @@ class Engine(ABC):
 
 
 def load_lm(config: Config, model_config: Any) -> Any:
+    """The causal language model of the config, with adapters where it asks for them."""
     lm = load_model(
         config.model.path,
         model_config,
@@ -218,6 +219,7 @@ def prepare_blocks(config: Config, lm: Any) -> BlockInputs | None:
 
 
 def make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW with the config's settings."""
     # torch's own AdamW needs no compiler on the user's machine, unlike DeepSpeed's.
     o = config.optimizer
     return torch.optim.AdamW(

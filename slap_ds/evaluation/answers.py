@@ -16,6 +16,8 @@ from slap_ds.models.lora import load_adapted
 
 
 class Generated(NamedTuple):
+    """An answer of a model."""
+
     text: str
     stopped: bool  # whether the model ended the answer itself
 

@@ -60,6 +60,7 @@ def run_harness(
 
 
 def show_harness(found: Mapping[str, Any], console: Console) -> None:
+    """Print the table of tasks and metrics."""
     table = Table(title=f"lm_eval {found['lm_eval']}")
     for name in ("task", "metric", "value", "standard error"):
         table.add_column(name)

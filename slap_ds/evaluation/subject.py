@@ -20,7 +20,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from slap_ds.config import Config, read_config
+from slap_ds.config import Config
+from slap_ds.config_file import read_config
 from slap_ds.evaluation.answers import template_of
 from slap_ds.export import export
 from slap_ds.models.load import DTYPES, load_config
@@ -31,6 +32,8 @@ ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Subject:
+    """What is evaluated."""
+
     target: Path  # as the user named it
     folder: Path  # a whole Hugging Face folder
     step: int | None  # of the checkpoint, for a run
@@ -52,10 +55,12 @@ class Subject:
 
 
 def is_run(target: Path) -> bool:
+    """Whether `target` is the folder of a run."""
     return (target / "checkpoints").is_dir() or (target / "config.yaml").is_file()
 
 
 def is_model(target: Path) -> bool:
+    """Whether `target` is a Hugging Face folder, of a model or of an adapter."""
     return (target / "config.json").is_file() or (target / ADAPTER).is_file()
 
 

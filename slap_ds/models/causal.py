@@ -224,4 +224,5 @@ def enable_checkpointing(lm: Any) -> None:
 
 
 def trainable(lm: nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that training changes."""
     return [p for p in lm.parameters() if p.requires_grad]

@@ -49,6 +49,8 @@ _NEEDED = (
 
 @dataclass(frozen=True)
 class Sizes:
+    """The sizes that a ChatGLM config gives, under one set of names."""
+
     layers: int
     width: int  # E, the hidden size
     inner: int
@@ -70,6 +72,7 @@ class Link:
 
 
 def check_architecture(config: Mapping[str, Any], src: Path) -> None:
+    """Raises ValueError for a model that is none of ChatGLM2, ChatGLM3 and GLM-4."""
     kind = config.get("model_type")
     if kind in ("glm", "glm4"):
         raise ValueError(f"{src} is in transformers' own layout already ({kind}): use it as it is")
@@ -173,6 +176,7 @@ def join_qkv(parts: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
 def glm_config(
     config: Mapping[str, Any], sizes: Sizes, family: str, more: Mapping[str, Any]
 ) -> GlmConfig:
+    """The transformers config of the converted model; `more` goes into it as it is."""
     ratio = float(config.get("rope_ratio") or 1)
     rope = {"rope_type": "default", "rope_theta": 1e4 * ratio, "partial_rotary_factor": 0.5}
     if family == "chatglm2" and ratio != 1:
@@ -224,5 +228,6 @@ def original_config(glm: GlmConfig) -> dict[str, Any]:
 
 
 def inv_freq(width: int) -> torch.Tensor:
+    """(width / 2,) float32: the rotary frequencies that the original checkpoints hold."""
     # The published code computes its rotary table anew, but its checkpoints hold this one.
     return 1.0 / (10000 ** (torch.arange(0, width, 2, dtype=torch.float32) / width))

@@ -32,6 +32,7 @@ class Pieces:
     one_space: bool  # runs of spaces become one
 
     def of_type(self, kind: int) -> list[str]:
+        """The pieces of one SentencePiece type, in order."""
         return [text for text, other in zip(self.texts, self.types, strict=True) if other == kind]
 
 

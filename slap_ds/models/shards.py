@@ -38,6 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -111,6 +112,7 @@ class ShardWriter:
         self._bytes: Counter[torch.dtype] = Counter()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take in a tensor; a shard is written once its size is reached."""
         size = tensor.numel() * (self.dtype or tensor.dtype).itemsize
         if self._held_bytes + size > self.limit:
             self._flush()

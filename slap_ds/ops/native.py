@@ -97,6 +97,7 @@ def cpu_paths(library: ctypes.CDLL) -> list[str]:
 
 
 def auto_path(library: ctypes.CDLL) -> str:
+    """The instruction set that the library takes on this processor."""
     return PATHS[library.slap_fps_auto_path()]
 
 

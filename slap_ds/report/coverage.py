@@ -24,6 +24,11 @@ Int64 = npt.NDArray[np.int64]
 MIN_DRAWS = 30
 STARVED = 0.5
 SIGNIFICANCE = 0.01
+RULE = (
+    f"A slice is starved if at least {MIN_DRAWS} candidates of it were drawn, its share trained is "
+    f"less than {STARVED:g} of the share of all candidates, and so few are no accident (binomial "
+    f"probability below {SIGNIFICANCE:.0%} / number of slices)."
+)
 MAX_DECODED = 20_000
 # Unicode ranges of letters; what none of them holds is "other".
 SCRIPTS = {
@@ -44,6 +49,7 @@ class Slice:
 
     @property
     def share(self) -> float:
+        """Trained share of the candidates drawn; NaN if there were none."""
         return self.kept / self.drawn if self.drawn else float("nan")
 
 
@@ -214,3 +220,11 @@ def _most(inputs: Inputs, drawn: Int64, kept: Int64) -> list[tuple[int, int, str
 def _text(inputs: Inputs, index: int) -> str:
     text: str = inputs.tokenizer.decode(inputs.train[index].ids, skip_special_tokens=True)
     return text
+
+
+def said_starved(each: Slice) -> str:
+    """A starved slice in words."""
+    return (
+        f"{each.kind} {each.name!r} is starved: {each.kept} of {each.drawn} candidates trained "
+        f"({each.share:.1%}),"
+    )

@@ -41,6 +41,7 @@ def style(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def save(figure: Any, path: Path) -> Path:
+    """Write the figure to `path`, and return it."""
     figure.savefig(path)
     plt.close(figure)
     return path

@@ -21,14 +21,17 @@ th:first-child, td:first-child { text-align: left; }
 
 
 def heading(text: str) -> str:
+    """A second-level heading."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def paragraph(text: str) -> str:
+    """A paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
 
 
 def figure(path: Path, caption: str) -> str:
+    """A PNG file, put into the page itself."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     text = html.escape(caption)
     return (
@@ -46,9 +49,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
 
 
-def warning(title: str, lines: Sequence[str]) -> str:
+def warnings(lines: Sequence[str]) -> list[str]:
+    """A box above everything else; nothing for no lines."""
+    if not lines:
+        return []
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return f'<div class="warning"><p><b>{html.escape(title)}</b></p><ul>{items}</ul></div>'
+    return [f'<div class="warning"><p><b>Look at this</b></p><ul>{items}</ul></div>']
 
 
 def show(value: object) -> str:
@@ -61,6 +67,7 @@ def show(value: object) -> str:
 
 
 def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    """Write one HTML file that needs no others; `parts` are HTML."""
     name = html.escape(title)
     body = "\n".join(parts)
     path.write_text(

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slap_ds.scoring.head import Head, HeadGradient, HeadScores
+from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.probes import projection, signs
+from slap_ds.scoring.softmax import Head
+from slap_ds.scoring.token_loss import HeadGradient
 from slap_ds.scoring.wants import Wants
 
 # Fused attention kernels have no second derivative; of these the plain path is taken.
@@ -238,6 +240,7 @@ def _kron(
 
 
 def layer_config(lm: Any) -> Any:
+    """The config that the blocks of `lm` were built with."""
     return lm.base_model.config
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slap_ds.config import Config, Section, read_config, read_yaml, validated
+from slap_ds.config import Config, Section
+from slap_ds.config_file import read_config, read_yaml, validated
 
 PLAIN = "plain"
 BASES = ("candidates", "samples", "flops", "seconds")
@@ -19,6 +20,8 @@ Basis = Literal["candidates", "samples", "flops", "seconds"]
 
 
 class Noise(Section):
+    """Wrong answers."""
+
     source: str
     """The source whose rows get wrong answers."""
     share: float = Field(gt=0, le=1)
@@ -27,6 +30,8 @@ class Noise(Section):
 
 
 class Duplicates(Section):
+    """Copies of rows."""
+
     times: int = Field(ge=2)
     """How often a row stands in the data then; the copies' source is named `SOURCE (copies)`."""
     share: float = Field(1.0, gt=0, le=1)
@@ -34,6 +39,8 @@ class Duplicates(Section):
 
 
 class Variant(Section):
+    """A change of the training data."""
+
     noise: Noise | None = None
     """Wrong answers in one source."""
     duplicates: Duplicates | None = None
@@ -41,6 +48,8 @@ class Variant(Section):
 
 
 class StudyData(Section):
+    """Rows of the base model, of the cells and of their evaluation."""
+
     train: list[str] = Field(min_length=1)
     """Files, folders or patterns; `{data}` in them is the folder given by --data."""
     eval: list[str] = Field(min_length=1)
@@ -56,6 +65,8 @@ class StudyData(Section):
 
 
 class Base(Section):
+    """The model that all cells start from."""
+
     path: str | None = None
     """A Hugging Face model folder or hub name that all cells start from."""
     config: str | None = None
@@ -89,6 +100,8 @@ class Block(Section):
 
 
 class Study(Section):
+    """A study file: data, base model, methods and the grid of cells."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """Names the folder of the study."""
     data: StudyData | None = None
@@ -290,6 +303,7 @@ def all_configs(study: Study, cells: Sequence[Cell], folder: Path) -> dict[Cell,
 
 
 def data_file(folder: Path, name: str) -> Path:
+    """Where the study keeps the rows called `name`."""
     return folder / "data" / f"{name}.jsonl"
 
 

@@ -54,6 +54,8 @@ class Matched:
 
 @dataclass(frozen=True)
 class Outcome:
+    """What a study has run."""
+
     cells: list[Cell]
     matched: list[Matched]
     failed: list[str]  # names of cells

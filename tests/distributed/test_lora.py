@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from slap_ds import checkpoint
 from slap_ds.cli import main
-from slap_ds.config import Config, config_keys
+from slap_ds.config import Config
+from slap_ds.config_file import config_keys
 from slap_ds.evaluation.answers import Answerer
 from slap_ds.export import export
 from slap_ds.metrics import read_lines

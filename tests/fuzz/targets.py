@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from slap_ds import checkpoint, strict_json
 from slap_ds.comm import Comm
-from slap_ds.config import read_config
+from slap_ds.config_file import read_config
 from slap_ds.data.formats import Conversation, Reject, read_conversations
 from slap_ds.launch_env import read_hostfile
 from slap_ds.tensor_files import read_tensors

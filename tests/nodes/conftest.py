@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from slap_ds.config import write_config
+from slap_ds.config_file import write_config
 from slap_ds.metrics import read_lines
 from tests.nodes.cluster import Cluster, why_not
 from tests.recipes import losses, picks, tiny_config, tiny_model

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from slap_ds.cli import main
-from slap_ds.config import ScoringConfig, write_config
+from slap_ds.config import ScoringConfig
+from slap_ds.config_file import write_config
 from slap_ds.scoring import Head, Scorer, Scores, ScoringPlan, Wants, score_head
 from slap_ds.scoring.head import head_bytes, head_cost
 from tests.recipes import tiny_config, tiny_model

@@ -16,7 +16,7 @@ from slap_ds.bench import nodes
 from slap_ds.bench.peak import measured_peak, peak_of
 from slap_ds.bench.random_data import RandomStore, random_inputs
 from slap_ds.bench.throughput import Data, throughput
-from slap_ds.config import write_config
+from slap_ds.config_file import write_config
 from slap_ds.metrics import read_lines
 from tests.ranks import run_ranks
 from tests.recipes import tiny_config, tiny_model

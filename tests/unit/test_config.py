@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from slap_ds.config import config_keys, read_config
+from slap_ds.config_file import config_keys, read_config
 from slap_ds.deepspeed_json import DEFAULT_DEEPSPEED, resolve_deepspeed
 
 ROOT = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).parents[2] / "slap_ds"
 ORDER = ["ops", "selection", "scoring", "data", "models", "comm", "engine", "trainer", "cli"]
 # Modules that are no room of their own: where they stand in the order.
 BETWEEN = {
+    "config_file": 0.1,
     "deepspeed_json": 0.5,
     "metrics": 0.5,
     "progress": 0.5,

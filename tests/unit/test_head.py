@@ -5,8 +5,10 @@ import torch
 
 from benchmarks.memory import TensorPeak
 from slap_ds.scoring import Head, Wants, WeightedTokenLoss, score_head
-from slap_ds.scoring.head import HeadGradient, head_bytes, head_cost, head_probes, sums_first
+from slap_ds.scoring.head import head_bytes, head_cost
+from slap_ds.scoring.head_parts import head_probes, sums_first
 from slap_ds.scoring.probes import projection
+from slap_ds.scoring.token_loss import HeadGradient
 
 SOURCES = [None, "exact_head", "hutchinson_head"]
 SKETCHES = [None, "head_input", "head_kron", "hvp"]
@@ -152,7 +154,7 @@ def test_the_chunk_size_changes_nothing_but_rounding(sketch, source, kind):
 
 
 def test_both_orders_of_summing_are_taken_and_equal(monkeypatch):
-    import slap_ds.scoring.head as module
+    import slap_ds.scoring.head_parts as module
 
     case = Case(tokens=64, width=29)
     wants = Wants("head_input")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slap_ds.config import read_config
+from slap_ds.config_file import read_config
 from slap_ds.data.templates import TEMPLATES
 from slap_ds.deepspeed_json import resolve_deepspeed
 from slap_ds.estimate import GRADIENTS, OPTIMIZER, WEIGHTS, Shape, estimate

@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from slap_ds.cli import main
-from slap_ds.config import read_config
+from slap_ds.config_file import read_config
 from slap_ds.metrics import read_lines
 from slap_ds.study.comparisons import compare_cells
 from slap_ds.study.plan import read_study
