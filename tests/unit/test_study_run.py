@@ -3,9 +3,13 @@
 import io
 import json
 import re
+import signal
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from rich.console import Console
@@ -185,6 +189,32 @@ def test_mistakes_are_one_line(tiny, tmp_path, capsys):
     with pytest.raises(ValueError, match="did you mean 'candidates'") as caught:
         run_study(wrong, folder, 1, Console(file=io.StringIO()))
     assert str(caught.value).count("batch.candidate:") == 1  # once, not for every cell
+
+
+def test_a_terminated_study_takes_its_workers_along(tmp_path):
+    raw = {**STUDY, "base": {"path": tiny_model(tmp_path / "model")}, "matched": []}
+    raw |= {"overrides": {"steps": 100_000}, "matched_methods": [], "seconds_ratio": {}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(raw))
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(FINETUNE))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "slap_ds", "study", str(tmp_path / "study.yaml")]
+    with (tmp_path / "log").open("wb") as log:
+        process = psutil.Popen([*command, "--out", str(out)], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 90
+        while not any(p.stat().st_size for p in out.glob("cells/*/metrics.jsonl")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        workers = process.children(recursive=True)
+        assert len(workers) >= 2  # the fork server and the one that trains
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+        _, left = psutil.wait_procs(workers, timeout=10)
+        assert not left
+    finally:
+        for each in [*process.children(recursive=True), process] if process.is_running() else []:
+            each.kill()
 
 
 @pytest.mark.slow
