@@ -4,8 +4,10 @@ With SLAP_FAULT_TABLE=FILE the tests marked `fault_row` are counted by row of th
 (docs/reliability.md), and what they have measured is written down; `make test-faults` does so.
 """
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("SLAP_CACHE_DIR", tempfile.mkdtemp(prefix="slap-cache-"))
+if "SLAP_CACHE_DIR" not in os.environ:
+    os.environ["SLAP_CACHE_DIR"] = tempfile.mkdtemp(prefix="slap-cache-")
+    atexit.register(shutil.rmtree, os.environ["SLAP_CACHE_DIR"], ignore_errors=True)
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -61,7 +61,8 @@ def start_ranks(config: Config, dog: Watchdog | None = None) -> Comm:
         torch.cuda.set_device(place.local_rank)
     waiting = datetime.timedelta(seconds=config.engine.start_timeout_s + _MARGIN_S)
     try:
-        deepspeed.init_distributed(timeout=waiting, verbose=False)
+        with _no_shared_buffers():
+            deepspeed.init_distributed(timeout=waiting, verbose=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -78,6 +79,22 @@ def start_ranks(config: Config, dog: Watchdog | None = None) -> Comm:
         comm.peers.folder = dog.folder
         dog.peers = comm.peers
     return comm
+
+
+@contextlib.contextmanager
+def _no_shared_buffers() -> Iterator[None]:
+    """Keep DeepSpeed from making 66 MiB of shared memory a rank, which it never removes.
+
+    Only its tensor-parallel inference on CPUs would use them. It makes them where LOCAL_SIZE equals
+    the number of ranks. They outlive the run: two hundred runs fill a machine's /dev/shm, which is
+    memory, and the next one dies of SIGBUS.
+    """
+    size = os.environ.pop("LOCAL_SIZE", None)
+    try:
+        yield
+    finally:
+        if size is not None:
+            os.environ["LOCAL_SIZE"] = size
 
 
 def limit_waiting(seconds: float) -> None:

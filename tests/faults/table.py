@@ -24,7 +24,10 @@ FAULTS = {
     12: ("no, empty or hostile `latest`", "never followed out of the run's folder"),
     13: ("SIGTERM, SIGUSR1", "one save, exit code 75, no orphans"),
     14: ("the launcher is killed", "the ranks save and exit, never with 0"),
-    15: ("going on with 2, 1, 4 ranks", "the same batches and picks, losses within 1e-6"),
+    15: (
+        "going on with 2, 1, 4 ranks",
+        "the same batches and picks, losses within 1e-6 (ZeRO-2: 2e-6)",
+    ),
     16: ("out of memory", "rank, phase and bytes; going on ends the same"),
     17: ("bad rows", "written down with file, line and reason"),
     18: ("mistakes in the host file", "refused before anything starts"),
@@ -32,8 +35,9 @@ FAULTS = {
 }
 
 
-def table(rows: dict[int, dict]) -> str:
+def table(results: dict) -> str:
     """One line a fault; seconds are those of its slowest case, where a limit is promised."""
+    rows = {row["row"]: row for row in results["rows"]}
     lines = [
         "| # | fault | what must hold | tests passed | slowest, s | limit, s | next step, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -51,15 +55,20 @@ def table(rows: dict[int, dict]) -> str:
             f"{max(restarted):.0f}" if restarted else "",
         ]
         lines.append(f"| {number} | {fault} | {promise} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    machine = "Python {python}, torch {torch}, deepspeed {deepspeed}, {cores} cores".format(
+        **results
+    )
+    revision = results["commit"][:7]
+    return "\n".join(lines) + f"\n\n{machine}; revision `{revision}`.\n"
 
 
 def main(path: str) -> None:
-    found = {row["row"]: row for row in json.loads(Path(path).read_text(encoding="utf-8"))["rows"]}
+    results = json.loads(Path(path).read_text(encoding="utf-8"))
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    PAGE.write_text(f"{before}{START}\n{table(found)}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{START}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    found = {row["row"]: row for row in results["rows"]}
     missing = [n for n in FAULTS if n not in found or found[n]["failed"] or not found[n]["passed"]]
     if missing:
         sys.exit(f"rows without a passing test, or with a failing one: {missing}")

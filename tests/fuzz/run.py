@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, _stop)
+    warnings.simplefilter("ignore")  # torch's about old pickles, one an input
     counts, failed = {}, []
     started = time.perf_counter()
     for name in TARGETS:

@@ -9,7 +9,9 @@ Each target takes bytes, so that hypothesis and atheris can both drive it.
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from slap_ds.launch_env import read_hostfile
 from slap_ds.tensor_files import read_tensors
 
 _folder = Path(tempfile.mkdtemp(prefix="slap-fuzz-"))
+atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 
 def config(data: bytes) -> None:
