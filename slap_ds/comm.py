@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -71,7 +72,7 @@ class Comm:
             return None
         return f"{self.peers.gone(silent)} ({_cause(error)})"
 
-    def exchange(self, step: int, phase: str, values: Sequence[int]) -> np.ndarray:
+    def exchange(self, step: int, phase: str, values: Sequence[int]) -> npt.NDArray[np.int64]:
         """All-gather a few integers: returns (world, len(values)) int64.
 
         Raises:
@@ -82,7 +83,7 @@ class Comm:
             torch.cuda.synchronize()
         started = time.perf_counter()
         mine = torch.tensor([step, _code(phase), *values], dtype=torch.int64)
-        table = self._all_gather(mine, phase).numpy()
+        table: npt.NDArray[np.int64] = self._all_gather(mine, phase).numpy()
         self.waited_s += time.perf_counter() - started
         self._check_stamps(table[:, :2], step, phase)
         return table[:, 2:]
@@ -236,7 +237,7 @@ class Comm:
         count[0] += 1
         count[1] += payload.numel() * payload.element_size()
 
-    def _check_stamps(self, stamps: np.ndarray, step: int, phase: str) -> None:
+    def _check_stamps(self, stamps: npt.NDArray[np.int64], step: int, phase: str) -> None:
         odd = (stamps != stamps[self.rank]).any(1).nonzero()[0]
         if odd.size:
             where = ", ".join(f"rank {r} at step {stamps[r, 0]}" for r in odd)

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-Exchange = Callable[[Sequence[int]], np.ndarray]
+Exchange = Callable[[Sequence[int]], npt.NDArray[np.int64]]
 # How long a failed rank goes on answering, so that the others do not take it for the cause.
 GRACE_S = 1.5
 _ASK_S = 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from slap_ds.comm import Comm
 from slap_ds.data.store import TokenStore
@@ -28,7 +29,7 @@ def evaluate_loss(
     nats per response token, the same on every rank. With `keep_losses` also "samples": the `ids`,
     `task`, `loss` (nats, summed over response tokens) and `tokens` of each, in the store's order.
     """
-    chosen = np.arange(len(store))
+    chosen: npt.NDArray[np.int64] = np.arange(len(store))
     if max_samples is not None and max_samples < len(store):
         generator = np.random.Generator(np.random.Philox(key=[0, len(store)]))
         chosen = np.sort(generator.choice(len(store), max_samples, replace=False))

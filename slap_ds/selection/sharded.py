@@ -21,12 +21,16 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from slap_ds.ops import FarthestPoints, nearest_squared
 from slap_ds.ops.plan import OVERFLOW_LIMIT
 from slap_ds.selection.base import ScoredBatch
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 
 SHARDED = frozenset({"slap", "k_center"})  # the methods whose only use of sketches is this one
 _LEAST = 32  # candidates of the first rounds, in which one pick shrinks many distances
@@ -39,7 +43,7 @@ class Line(Protocol):
     rank: int
     world: int
 
-    def exchange(self, step: int, phase: str, values: Sequence[int]) -> np.ndarray:
+    def exchange(self, step: int, phase: str, values: Sequence[int]) -> Int64:
         """All-gather the same count of integers: (world, count) int64."""
         ...
 
@@ -117,7 +121,7 @@ class Shard:
                 left[stratum] += spare
                 continue
             pool = self._share(pool, members, local, rows)
-            pair = self._pairs(pool.rows) if len(members) > 1 else np.zeros((1, 1))
+            pair = np.zeros((1, 1), np.float32) if len(members) == 1 else self._pairs(pool.rows)
             new, new_at = _greedy(pool.members, pair, current, beyond, group, room, left[stratum])
             picks += pool.members[new].tolist()
             at += new_at
@@ -132,7 +136,7 @@ class Shard:
 
     def _offer(
         self, candidates: Tensor, squared: Tensor, size: int
-    ) -> tuple[np.ndarray, np.ndarray, tuple[float, int]]:
+    ) -> tuple[Int64, Float32, tuple[float, int]]:
         """The pool (ascending) with its distances, and the key of the best candidate outside it.
 
         A rank offers a few more than its part of the pool. The first one it keeps back counts as
@@ -162,7 +166,7 @@ class Shard:
         chosen = chosen[np.argsort(index[chosen])]
         return index[chosen], value[chosen], beyond
 
-    def _share(self, pool: _Pool, members: np.ndarray, local: Tensor, rows: Tensor) -> _Pool:
+    def _share(self, pool: _Pool, members: Int64, local: Tensor, rows: Tensor) -> _Pool:
         """The rows of `members`: those of the last pool are here already, the others are sent."""
         known = np.isin(members, pool.members)
         out = rows.new_zeros(len(members), rows.shape[1])
@@ -177,12 +181,12 @@ class Shard:
             out[~fresh] = pool.rows[old]
         return _Pool(members, out)
 
-    def _pairs(self, rows: Tensor) -> np.ndarray:
+    def _pairs(self, rows: Tensor) -> Float32:
         """(p, p) float32 squared distances inside a pool, every row of them from one rank."""
         pair = rows.new_zeros(len(rows), len(rows))
         for i in range(self.line.rank, len(rows), self.line.world):
             pair[i] = nearest_squared(rows, rows[i : i + 1])
-        whole: np.ndarray = self.line.add_rows("farthest: pairs", pair).cpu().numpy()
+        whole: Float32 = self.line.add_rows("farthest: pairs", pair).cpu().numpy()
         return whole
 
     def _shrink(
@@ -206,7 +210,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class _Pool:
-    members: np.ndarray  # (p,) int64, ascending, indices into the call's candidates
+    members: Int64  # (p,) int64, ascending, indices into the call's candidates
     rows: Tensor  # (p, D)
 
 
@@ -272,9 +276,9 @@ def _usable(line: Line, step: int, mine: Tensor, rows: Tensor, n: int) -> Tensor
 
 
 def _greedy(
-    members: np.ndarray,
-    pair: np.ndarray,
-    current: np.ndarray,
+    members: Int64,
+    pair: Float32,
+    current: Float32,
     beyond: tuple[float, int],
     group: Tensor,
     room: list[int],  # lowered here, a group's picks left
