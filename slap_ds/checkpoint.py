@@ -101,7 +101,7 @@ class Saver:
         text = self._together(
             step, "checkpoint folder", lambda: self._prepare(temporary, engine, state)
         )
-        writer = TensorWriter(self.background)
+        writer = TensorWriter(self.background, self._progress)
         engine.save(temporary, writer)
         self._pending = _Pending(step, writer, text, facts, time.perf_counter() - started)
         if not self.background:
@@ -148,6 +148,12 @@ class Saver:
             }
         )
 
+    def _progress(self) -> None:
+        """A block of a file is done. It counts as the rank's progress only while the rank waits for
+        it: a thread that writes must not hide that training stands still."""
+        if self._pending is None:
+            self.comm.heart.work()
+
     def _prepare(self, temporary: Path, engine: Engine, state: Mapping[str, Any]) -> str:
         text = strict_json.dumps(state)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -170,7 +176,7 @@ class Saver:
         problem = ""
         try:
             for path, fact in pending.writer.finish().items():
-                if file_fact(path) != fact:
+                if file_fact(path, self._progress) != fact:
                     raise OSError(errno.EIO, "reads back differently from what was written", path)
                 mine[path.relative_to(temporary).as_posix()] = asdict(fact)
         except Exception as error:

@@ -319,8 +319,8 @@ class EngineConfig(Section):
     deepspeed: str | None = None
     """DeepSpeed JSON with "auto" values; default: the ZeRO-3 one that ships in the package."""
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds without progress after which a rank ends and says who holds it up; it must be longer
-    than the slowest checkpoint takes."""
+    """Seconds without progress after which a rank ends and says who holds it up. A checkpoint may
+    take longer while its files grow; ranks that have written theirs wait this long for others."""
     start_timeout_s: float = Field(3600.0, gt=0)
     """The same until the first step is done: reading data, building operators, loading weights."""
     stop_timeout_s: float = Field(120.0, gt=0)

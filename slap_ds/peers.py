@@ -39,13 +39,17 @@ DONE, USER_ERROR, LOST_PEER, FAILED, NO_MEMORY, PREEMPTED = 0, 1, 69, 70, 71, 75
 
 @dataclass
 class Heart:
-    """How far this rank has come. Whoever makes progress beats; all ranks beat equally often."""
+    """How far this rank has come. Whoever makes progress beats; all ranks beat equally often.
+
+    Between two beats a rank may work on its own for long, on files; it then counts pieces of work.
+    """
 
     step: int = -1  # -1: the steps have not begun
     phase: str = "start"
     beats: int = 0
-    at: float = field(default_factory=time.monotonic)  # of the last beat, seconds
-    limit_s: float = math.inf  # the longest time without a beat
+    pieces: int = 0
+    at: float = field(default_factory=time.monotonic)  # of the last beat or piece of work, seconds
+    limit_s: float = math.inf  # the longest time without either
     stop: bool = False  # somebody wants this run to save and end
     frozen_s: float = 0.0  # this process was not given any time, since the last `take_frozen`
     woken: float = math.inf  # when the watchdog's thread last woke; inf: there is none
@@ -56,6 +60,11 @@ class Heart:
             self.step = max(self.step, step)
         self.phase = phase
         self.beats += 1
+        self.at = time.monotonic()
+
+    def work(self) -> None:
+        """A piece of what this rank does alone is done; from any thread."""
+        self.pieces += 1
         self.at = time.monotonic()
 
     def wake(self) -> float:

@@ -14,7 +14,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,6 +24,13 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**22
+# Written to the page cache before they are forced to disk: one fsync of a whole shard may take
+# minutes in which nobody could tell whether it gets on.
+SYNC_BYTES = 2**28
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,11 @@ class TensorWriter:
 
     Args:
         background: write in a thread, from a copy in host memory, while the caller goes on.
+        progress: called whenever a part of a file is written.
     """
 
-    def __init__(self, background: bool = False) -> None:
+    def __init__(self, background: bool = False, progress: Callable[[], None] = _nothing) -> None:
+        self._progress = progress
         self._facts: dict[Path, FileFact] = {}
         self._error: Exception | None = None
         self._queue: SimpleQueue[tuple[Any, Path] | None] = SimpleQueue()
@@ -88,19 +97,19 @@ class TensorWriter:
             return
         started = time.perf_counter()
         try:
-            self._facts[path] = write_tensors(state, path)
+            self._facts[path] = write_tensors(state, path, self._progress)
         except Exception as error:
             self._error = error
         self.write_s += time.perf_counter() - started
 
 
-def write_tensors(state: Any, path: Path) -> FileFact:
+def write_tensors(state: Any, path: Path, progress: Callable[[], None] = _nothing) -> FileFact:
     """Save, force to disk, and return size and hash of what was written.
 
     Raises:
         OSError: the file cannot be written, naming it.
     """
-    hashed = _Hashed()
+    hashed = _Hashed(progress)
     try:
         with path.open("wb") as file:
             hashed.file = file
@@ -143,14 +152,15 @@ def read_tensors(path: Path, allowed: Sequence[Any] = (), map_file: bool = False
         ) from None
 
 
-def file_fact(path: Path) -> FileFact:
-    """Size and hash of a file as it is on disk."""
+def file_fact(path: Path, progress: Callable[[], None] = _nothing) -> FileFact:
+    """Size and hash of a file as it is on disk; `progress` is called after each block of it."""
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
             size += len(block)
+            progress()
     return FileFact(size, digest.hexdigest())
 
 
@@ -186,21 +196,31 @@ def to_host(state: Any) -> Any:
 class _Hashed:
     """A binary file that hashes what goes through it and keeps the error that stopped it."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Callable[[], None]) -> None:
+        self.progress = progress
         self.file: Any = None
         self.digest = hashlib.sha256()
         self.bytes = 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        for start in range(0, len(data), BLOCK_BYTES):
+            self._write(data[start : start + BLOCK_BYTES])
+        return len(data)
+
+    def _write(self, block: Any) -> None:
+        synced = self.bytes // SYNC_BYTES
         try:
-            self.file.write(data)
+            self.file.write(block)
+            if (self.bytes + len(block)) // SYNC_BYTES > synced:
+                self.file.flush()
+                os.fdatasync(self.file.fileno())
         except OSError as error:
             self.error = error
             raise
-        self.digest.update(data)
-        self.bytes += len(data)
-        return len(data)
+        self.digest.update(block)
+        self.bytes += len(block)
+        self.progress()
 
     def flush(self) -> None:
         try:

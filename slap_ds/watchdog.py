@@ -4,7 +4,8 @@
 
 run_dir/heartbeat/rank-N.json   step, phase, time, pid, host; at the end the exit code and the cause
 
-- No beat for the limit: one line names rank, step, phase and who holds it up, and the process ends.
+- Neither a beat nor a piece of work for the limit: one line names rank, step, phase and who holds
+  it up, and the process ends.
   The thread does it, since the main thread may be inside a collective that never returns.
 - SIGTERM and SIGUSR1 only set `heart.stop`. A Python handler would not run inside a collective;
   the number of the signal arrives on a socket that this thread reads.
@@ -108,7 +109,7 @@ class Watchdog:
 
     def run(self, signals: socket.socket) -> None:
         """The thread."""
-        written, beats = 0.0, -1
+        written, seen = 0.0, (-1, -1)
         self.heart.woken = time.monotonic()
         every_s = max(1.0, self.world / 64)  # a shared file system has other things to do
         while not self._ended:
@@ -119,9 +120,9 @@ class Watchdog:
             if self._is_orphan():
                 self._stop("the launcher has gone")
             # Time in which this process did not run is not held against it.
-            same = beats == self.heart.beats
-            self._still_s = self._still_s + min(slept, 4 * TICK_S) if same else 0.0
-            beats = self.heart.beats
+            done = (self.heart.beats, self.heart.pieces)
+            self._still_s = self._still_s + min(slept, 4 * TICK_S) if done == seen else 0.0
+            seen = done
             if self._stop_at is not None and now > self._stop_at:
                 why = f"not at the end of a step {self.stop_timeout_s:g} s after the request"
                 self.end(FAILED, f"{why} to stop", self.line(f"{why} to stop: nothing saved"))

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -197,8 +199,8 @@ def test_a_disk_that_fills_up_leaves_the_last_good_one(background, tmp_path):
 
 
 def test_what_is_written_wrongly_is_never_made_visible(tmp_path, monkeypatch):
-    def lossy(state, path):
-        fact = write_tensors(state, path)
+    def lossy(state, path, progress):
+        fact = write_tensors(state, path, progress)
         _flip(path)
         return fact
 
@@ -209,10 +211,42 @@ def test_what_is_written_wrongly_is_never_made_visible(tmp_path, monkeypatch):
     assert newest(tmp_path, Comm()).step == 3
 
 
+def test_a_save_shows_block_by_block_that_it_gets_on(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("slap_ds.tensor_files.BLOCK_BYTES", 512)
+    monkeypatch.setattr("slap_ds.tensor_files.SYNC_BYTES", 2048)
+    monkeypatch.setattr("os.fdatasync", lambda file: synced.append(os.fstat(file).st_size))
+    saver = make(tmp_path, steps=1)
+    sizes = [f.bytes for name, f in newest(tmp_path, Comm()).files.items() if name[0] == "e"]
+    assert saver.comm.heart.pieces >= 2 * sum(size // 512 for size in sizes)  # and read back
+    assert len(synced) == sum(size // 2048 for size in sizes)
+    assert all(size >= 2048 for size in synced)
+
+
+def test_in_the_background_a_save_hides_no_standstill(tmp_path):
+    """What a thread writes while training goes on is no progress of training."""
+    saver = Saver(tmp_path, Comm(), background=True)
+    heart = saver.comm.heart
+    pieces = []
+
+    class Slow(Numbers):
+        def save(self, folder: Path, writer: TensorWriter) -> None:
+            write = writer._write
+            writer._write = lambda *job: (gate.wait(20), pieces.append(heart.pieces), write(*job))
+            super().save(folder, writer)
+
+    gate = threading.Event()
+    saver.save(1, Slow(), {}, {})
+    gate.set()
+    while not saver._pending.writer.done():
+        time.sleep(0.01)
+    assert heart.pieces == pieces[0]
+    saver.wait()
+    assert heart.pieces > pieces[0]
+
+
 def test_in_the_background_the_state_is_that_of_the_moment(tmp_path):
     """The thread is held up until the caller has changed everything it saved."""
-    import threading
-
     gate = threading.Event()
 
     class Slow(Numbers):

@@ -81,6 +81,14 @@ def test_no_progress_ends_the_process_with_one_line(tmp_path):
     assert read_heartbeat(tmp_path / "heartbeat", 1)["exit"] == 69
 
 
+def test_work_on_files_is_progress(tmp_path):
+    """A save may take longer than the limit, as long as it gets on."""
+    works = "[(time.sleep(0.1), dog.heart.work()) for _ in range(30)]"
+    process = start(tmp_path, "dog.heart.limit_s = 1.0", works)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (0, "")
+
+
 def test_a_frozen_process_is_not_ended_for_its_own_pause(tmp_path):
     """It gets the whole limit again once it runs."""
     beats = "dog.heart.limit_s = 2.0"
