@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from slap_ds import builds
+from slap_ds.checkpoint import newest
+from slap_ds.comm import Comm
 from slap_ds.peers import read_heartbeat
 from slap_ds.watchdog import out_of_memory, watch
 
@@ -81,12 +83,29 @@ def test_no_progress_ends_the_process_with_one_line(tmp_path):
     assert read_heartbeat(tmp_path / "heartbeat", 1)["exit"] == 69
 
 
-def test_work_on_files_is_progress(tmp_path):
-    """A save may take longer than the limit, as long as it gets on."""
-    works = "[(time.sleep(0.1), dog.heart.work()) for _ in range(30)]"
-    process = start(tmp_path, "dog.heart.limit_s = 1.0", works)
-    _, said = process.communicate(timeout=30)
-    assert (process.returncode, said) == (0, "")
+SLOW_DISK = """
+import time
+from slap_ds import checkpoint, tensor_files
+from slap_ds.comm import Comm
+from tests.unit.test_checkpoint import Numbers
+
+def slow(self, block, write=tensor_files._Hashed._write):
+    time.sleep(0.2)
+    write(self, block)
+
+tensor_files.BLOCK_BYTES, tensor_files._Hashed._write = 512, slow
+"""
+
+
+def test_a_save_may_take_longer_than_the_limit_while_it_gets_on(tmp_path):
+    save = "checkpoint.Saver(dog.folder, Comm(heart=dog.heart)).save(1, Numbers(1.0), {}, {})"
+    code = SLOW_DISK + RANK.format(before="dog.heart.limit_s = 1.0", then=save)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    found = newest(tmp_path / "heartbeat", Comm())
+    assert sum(fact.bytes for fact in found.files.values()) // 512 * 0.2 > 2 * 1.0
 
 
 def test_a_frozen_process_is_not_ended_for_its_own_pause(tmp_path):
