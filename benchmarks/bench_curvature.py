@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -86,7 +87,7 @@ def main() -> None:
         "candidates": run.config.batch.candidates,
         "response_tokens": median(step["tokens"] for step in half),
         "width": run.inputs.model_config.get_text_config().hidden_size,
-        "command": "python benchmarks/bench_curvature.py " + " ".join(sys.argv[1:]),
+        "command": command(),
         **describe(),
     }
     print(f"noise of a step: {result['noise']:.3f}")
@@ -127,6 +128,13 @@ def step_diagonal(scores: Scores) -> torch.Tensor:
     """(E,) float64, the mean over the tokens that were taken."""
     assert scores.diagonal is not None
     return scores.diagonal.double() / scores.diagonal_tokens
+
+
+def command() -> str:
+    """How this was started, with the data's folder under the name that the documentation uses."""
+    text = " ".join(["python", "benchmarks/bench_curvature.py", *sys.argv[1:]])
+    data = os.environ.get("SLAP_DATA_DIR")
+    return text.replace(data, "$SLAP_DATA_DIR") if data else text
 
 
 def distance(value: torch.Tensor, of: torch.Tensor) -> float:
