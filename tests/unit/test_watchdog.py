@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from slap_ds import builds
-from slap_ds.checkpoint import newest
+from slap_ds import builds, tensor_files
+from slap_ds.checkpoint import Saver, newest
 from slap_ds.comm import Comm
 from slap_ds.peers import read_heartbeat
-from slap_ds.watchdog import out_of_memory, watch
+from slap_ds.watchdog import Watchdog, out_of_memory, watch
+from tests.unit.test_checkpoint import Numbers
 
 
 def until(condition, timeout_s=20):
@@ -83,29 +84,25 @@ def test_no_progress_ends_the_process_with_one_line(tmp_path):
     assert read_heartbeat(tmp_path / "heartbeat", 1)["exit"] == 69
 
 
-SLOW_DISK = """
-import time
-from slap_ds import checkpoint, tensor_files
-from slap_ds.comm import Comm
-from tests.unit.test_checkpoint import Numbers
+def test_a_save_may_take_longer_than_the_limit_while_it_gets_on(tmp_path, monkeypatch):
+    ended = []
 
-def slow(self, block, write=tensor_files._Hashed._write):
-    time.sleep(0.2)
-    write(self, block)
+    def slow(self, block, write=tensor_files._Hashed._write):
+        time.sleep(0.06)
+        write(self, block)
 
-tensor_files.BLOCK_BYTES, tensor_files._Hashed._write = 512, slow
-"""
-
-
-def test_a_save_may_take_longer_than_the_limit_while_it_gets_on(tmp_path):
-    save = "checkpoint.Saver(dog.folder, Comm(heart=dog.heart)).save(1, Numbers(1.0), {}, {})"
-    code = SLOW_DISK + RANK.format(before="dog.heart.limit_s = 1.0", then=save)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    found = newest(tmp_path / "heartbeat", Comm())
-    assert sum(fact.bytes for fact in found.files.values()) // 512 * 0.2 > 2 * 1.0
+    monkeypatch.setattr(Watchdog, "_stuck", lambda dog: ended.append(dog.heart.phase))
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(tensor_files._Hashed, "_write", slow)
+    with watch(tmp_path, 0, 1, 10.0) as dog:
+        dog.heart.limit_s = 1.0
+        started = time.monotonic()
+        Saver(tmp_path, Comm(heart=dog.heart)).save(1, Numbers(1.0), {}, {})
+        took = time.monotonic() - started
+        assert not ended
+        until(lambda: ended)  # and nothing after it
+    assert took > 2.0
+    assert newest(tmp_path, Comm()).step == 1
 
 
 def test_a_frozen_process_is_not_ended_for_its_own_pause(tmp_path):
