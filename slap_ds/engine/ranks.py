@@ -86,8 +86,8 @@ def _no_shared_buffers() -> Iterator[None]:
     """Keep DeepSpeed from making 66 MiB of shared memory a rank, which it never removes.
 
     Only its tensor-parallel inference on CPUs would use them. It makes them where LOCAL_SIZE equals
-    the number of ranks. They outlive the run: two hundred runs fill a machine's /dev/shm, which is
-    memory, and the next one dies of SIGBUS.
+    the number of ranks. They outlive the run: a hundred runs of two ranks hold 13 GiB of /dev/shm,
+    which is memory, and where it is full the next one ends in a segmentation fault.
     """
     size = os.environ.pop("LOCAL_SIZE", None)
     try:
