@@ -324,7 +324,8 @@ class EngineConfig(Section):
     start_timeout_s: float = Field(3600.0, gt=0)
     """The same until the first step is done: reading data, building operators, loading weights."""
     stop_timeout_s: float = Field(120.0, gt=0)
-    """Seconds from SIGTERM or SIGUSR1 to the end in any case, saved or not."""
+    """Seconds from SIGTERM or SIGUSR1 to the end in any case, saved or not; a checkpoint that is
+    being written is not cut off while its files grow."""
 
 
 class CheckpointConfig(Section):

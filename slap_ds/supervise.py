@@ -44,7 +44,8 @@ class Options:
 
     restarts: int = 3
     backoff_s: float = 5.0  # before the first restart; doubled for each one after
-    grace_s: float = 120.0  # from a request to stop until everything is killed
+    # From a request to stop, or the last sign of a growing checkpoint, until everything is killed.
+    grace_s: float = 120.0
 
 
 @dataclass
@@ -80,7 +81,7 @@ class _Job:
             preexec_fn=_die_with_supervisor,
         )
         forwarded, ended, self.seen_failing = 0, 0.0, None
-        stop_at = None
+        stop_at, pieces = None, 0
         while True:
             self._reap()
             launcher_gone = launcher.pid in self.status
@@ -94,6 +95,10 @@ class _Job:
             if launcher_gone and not ended:
                 ended = time.monotonic()
                 stop_at = min(stop_at or ended + self.options.grace_s, ended + self.options.grace_s)
+            if (written := self._written()) != pieces:
+                pieces = written
+                if stop_at is not None:
+                    stop_at = max(stop_at, time.monotonic() + self.options.grace_s)
             if self._failed() and not self.seen_failing:
                 self.seen_failing = time.monotonic()
             if self.seen_failing:
@@ -125,6 +130,10 @@ class _Job:
         folder = self.run_dir / "heartbeat"
         found = (read_heartbeat(folder, int(p.stem[5:])) for p in folder.glob("rank-*.json"))
         return [facts for facts in found if facts is not None]
+
+    def _written(self) -> int:
+        """Grows as long as the ranks get on with a checkpoint."""
+        return sum(facts["pieces"] for facts in self._ranks())
 
     def _failed(self) -> bool:
         return any(facts["exit"] not in (None, DONE, PREEMPTED) for facts in self._ranks())

@@ -75,6 +75,7 @@ class Watchdog:
             "step": heart.step,
             "phase": heart.phase,
             "beats": heart.beats,
+            "pieces": heart.pieces,
             "time": time.time(),
             "exit": code,
             "cause": cause,
@@ -122,6 +123,8 @@ class Watchdog:
             # Time in which this process did not run is not held against it.
             done = (self.heart.beats, self.heart.pieces)
             self._still_s = self._still_s + min(slept, 4 * TICK_S) if done == seen else 0.0
+            if self._stop_at is not None and done[1] != seen[1]:  # the checkpoint asked for
+                self._stop_at = max(self._stop_at, now + self.stop_timeout_s)
             seen = done
             if self._stop_at is not None and now > self._stop_at:
                 why = f"not at the end of a step {self.stop_timeout_s:g} s after the request"
@@ -170,7 +173,8 @@ def watch(
     """A watched rank inside; afterwards signals are as they were.
 
     Args:
-        stop_timeout_s: seconds from the request to stop until the process ends in any case.
+        stop_timeout_s: seconds from the request to stop, and then from the last sign that its
+            checkpoint grows, until the process ends in any case.
         nested: the launcher's own parent belongs to it too, as with deepspeed.
 
     Raises:

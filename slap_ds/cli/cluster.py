@@ -20,7 +20,10 @@ def add(commands: Commands) -> None:
         "--backoff-s", type=float, default=5.0, help="pause before the first; doubled each time"
     )
     launch.add_argument(
-        "--grace-s", type=float, default=120.0, help="seconds to save in after SIGTERM (120)"
+        "--grace-s",
+        type=float,
+        default=120.0,
+        help="seconds from SIGTERM to the checkpoint, which may take longer while it grows (120)",
     )
     launch.add_argument("--run-dir", help="where no CONFIG.yaml in the command says it")
     launch.add_argument("launcher", nargs=argparse.REMAINDER, help="-- and the command to run")

@@ -18,7 +18,7 @@ folder.mkdir(parents=True, exist_ok=True)
 attempt = int(os.environ["SLAP_ATTEMPT"])
 for rank, (code, step, cause) in enumerate({ranks}):
     facts = dict(rank=rank, world=2, exit=code, step=step, cause=cause, time=time.time())
-    facts |= dict(host="elsewhere", pid=0, attempt=str(attempt))
+    facts |= dict(pieces=0, host="elsewhere", pid=0, attempt=str(attempt))
     (folder / f"rank-{{rank}}.json").write_text(json.dumps(facts))
 with open(folder / "attempts", "a") as file:
     file.write(os.environ["MASTER_PORT"] + "\\n")
@@ -130,6 +130,25 @@ def test_a_request_to_stop_ends_it_even_if_nobody_listens(launch, tmp_path):
     assert process.returncode == 69
     assert time.monotonic() - start < 10
     assert not orphans(tmp_path.name)
+
+
+def test_a_checkpoint_that_grows_is_not_cut_off(launch, tmp_path):
+    """The rank's file tells of pieces written for four times the grace, then that it is saved."""
+    rest = """signal.signal(15, signal.SIG_IGN)
+print("up", file=sys.stderr, flush=True)
+for facts["pieces"] in range(40):
+    (folder / "rank-1.new").write_text(json.dumps(facts))
+    os.replace(folder / "rank-1.new", folder / "rank-1.json")
+    time.sleep(0.1)
+for rank in range(2):
+    facts |= dict(rank=rank, exit=75)
+    (folder / f"rank-{rank}.json").write_text(json.dumps(facts))
+sys.exit(75)"""
+    process = launch("[(None, 4, ''), (None, 4, '')]", rest, "--grace-s", "1", wait=False)
+    assert process.stderr.readline() == "up\n"
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 75
 
 
 def test_a_killed_supervisor_takes_its_launcher_along(launch, tmp_path):

@@ -84,24 +84,32 @@ def test_no_progress_ends_the_process_with_one_line(tmp_path):
     assert read_heartbeat(tmp_path / "heartbeat", 1)["exit"] == 69
 
 
-def test_a_save_may_take_longer_than_the_limit_while_it_gets_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked_to_stop", [False, True])
+def test_a_save_may_take_longer_than_any_limit_while_it_gets_on(
+    tmp_path, monkeypatch, asked_to_stop
+):
     ended = []
 
     def slow(self, block, write=tensor_files._Hashed._write):
-        time.sleep(0.06)
+        time.sleep(0.03)
         write(self, block)
 
-    monkeypatch.setattr(Watchdog, "_stuck", lambda dog: ended.append(dog.heart.phase))
-    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(Watchdog, "end", lambda dog, code, *said: ended.append(code))
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 1024)
     monkeypatch.setattr(tensor_files._Hashed, "_write", slow)
-    with watch(tmp_path, 0, 1, 10.0) as dog:
-        dog.heart.limit_s = 1.0
+    with watch(tmp_path, 0, 1, 1.0) as dog:
+        dog.heart.beat("training a row", 0)
+        if asked_to_stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            dog.heart.limit_s = 1.0
         started = time.monotonic()
         Saver(tmp_path, Comm(heart=dog.heart)).save(1, Numbers(1.0), {}, {})
         took = time.monotonic() - started
         assert not ended
         until(lambda: ended)  # and nothing after it
     assert took > 2.0
+    assert ended[0] == (70 if asked_to_stop else 69)
     assert newest(tmp_path, Comm()).step == 1
 
 
