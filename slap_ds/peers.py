@@ -18,6 +18,7 @@ import math
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ Exchange = Callable[[Sequence[int]], npt.NDArray[np.int64]]
 # How long a failed rank goes on answering, so that the others do not take it for the cause.
 GRACE_S = 1.5
 _ASK_S = 1.0
+_NOWHERE = "0.0.0.0"  # no IPv4 between the nodes
 # How often the watchdog's thread wakes, seconds.
 TICK_S = 0.25
 # How a rank ends, in the terms of sysexits.h; docs/reliability.md has the list.
@@ -96,12 +98,24 @@ class Peers:
     def open(cls, rank: int, towards: str, exchange: Exchange, heart: Heart | None = None) -> Peers:
         """Start answering on the interface that leads `towards` rank 0, and learn who is where.
 
+        Debian lets a host's own name lead to its loopback. There `towards` says nothing, and an
+        address of another node shows the interface; an address that others would take for their
+        own loopback is not told to them.
+
         Args:
             exchange: all-gathers a few integers, (world, count).
             heart: what the answers tell of.
         """
         heart = heart or Heart()
-        host, port = _answer(rank, towards, heart)
+        host, node = _source(towards), zlib.crc32(socket.gethostname().encode())
+        table = exchange([int(ipaddress.IPv4Address(host)), node])
+        found = [(ipaddress.IPv4Address(int(a)), int(n)) for a, n in table]
+        if len(set(found)) > 1 and ipaddress.IPv4Address(host).is_loopback:
+            others = [str(a) for a, _ in found if not a.is_loopback and int(a)]
+            host = _source(others[0]) if others else _NOWHERE
+            if ipaddress.IPv4Address(host).is_loopback:
+                host = _NOWHERE
+        port = _answer(rank, host, heart)
         table = exchange([int(ipaddress.IPv4Address(host)), port])
         addresses = [(str(ipaddress.IPv4Address(int(a))), int(p)) for a, p in table]
         return cls(rank, addresses, heart)
@@ -186,15 +200,24 @@ def last_words(folder: Path | None, rank: int) -> str:
     return str(facts["cause"])
 
 
-def _answer(rank: int, towards: str, heart: Heart) -> tuple[str, int]:
-    """Tell whoever connects which rank this is and how far it is, from now on; where it listens."""
+def _source(towards: str) -> str:
+    """The IPv4 address that this host takes on the way `towards` another; 0.0.0.0: none."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((towards, 9))  # sends nothing
-            host = str(probe.getsockname()[0])
+            return str(probe.getsockname()[0])
+    except OSError:
+        return _NOWHERE
+
+
+def _answer(rank: int, host: str, heart: Heart) -> int:
+    """Tell whoever connects which rank this is and how far it is, from now on; the port, or 0."""
+    if host == _NOWHERE:
+        return 0
+    try:
         server = socket.create_server((host, 0), backlog=128)
-    except OSError:  # no IPv4 between the nodes
-        return "0.0.0.0", 0
+    except OSError:
+        return 0
 
     def serve() -> None:
         while True:
@@ -209,7 +232,7 @@ def _answer(rank: int, towards: str, heart: Heart) -> tuple[str, int]:
                 continue
 
     threading.Thread(target=serve, name="peers", daemon=True).start()
-    return host, int(server.getsockname()[1])
+    return int(server.getsockname()[1])
 
 
 def _ask(host: str, port: int) -> dict[str, Any] | None:

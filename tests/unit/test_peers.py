@@ -1,5 +1,6 @@
 """A rank that has gone is named; one that is only busy, or failed a moment ago, is not."""
 
+import ipaddress
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from slap_ds import peers as peers_module
 from slap_ds.comm import Comm
 from slap_ds.peers import Heart, Peers, _answer
 
@@ -40,10 +42,11 @@ def ranks():
         )
         for rank in range(4)
     ]
-    table = [[int(x) for x in p.stdout.readline().split()] for p in processes]
-    for process in processes:
-        process.stdin.write(f"{table}\n")
-        process.stdin.flush()
+    for _ in range(2):
+        table = [[int(x) for x in p.stdout.readline().split()] for p in processes]
+        for process in processes:
+            process.stdin.write(f"{table}\n")
+            process.stdin.flush()
     yield processes
     for process in processes:
         process.kill()
@@ -86,12 +89,49 @@ def test_somebody_else_on_that_port_is_no_answer():
     assert peers.silent() == [1]
 
 
+HERE, NOWHERE = "127.0.0.1", "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("others", "sources", "expected"),
+    [
+        # Another node has an address, and the way there shows the one of this node.
+        (["10.77.0.2"], {"10.77.0.2": "10.77.0.1"}, "10.77.0.1"),
+        (["10.77.0.2"], {"10.77.0.2": HERE}, NOWHERE),
+        (["10.77.0.2"], {"10.77.0.2": NOWHERE}, NOWHERE),
+        ([NOWHERE], {}, NOWHERE),
+        ([HERE], {}, NOWHERE),
+    ],
+)
+def test_no_rank_is_told_an_address_that_is_its_own_loopback(
+    monkeypatch, others, sources, expected
+):
+    """Rank 0 where /etc/hosts has `127.0.1.1 node1`, and MASTER_ADDR is node1."""
+    sources = {"node1": HERE, **sources}
+    monkeypatch.setattr(peers_module, "_source", lambda towards: sources[towards])
+    monkeypatch.setattr(peers_module, "_answer", lambda rank, host, heart: 7 * (host != NOWHERE))
+    told = []
+
+    def exchange(values):
+        told.append(values)
+        rows = [[int(ipaddress.IPv4Address(other)), values[1] + 1] for other in others]
+        return np.array([values, *rows], dtype=np.int64)
+
+    peers = Peers.open(0, "node1", exchange)
+    assert peers.addresses[0] == (expected, 7 if expected != NOWHERE else 0)
+    assert len(told) == 2
+
+
+def test_ranks_of_one_host_keep_the_loopback():
+    peers = Peers.open(0, HERE, lambda values: np.array([values, values], dtype=np.int64))
+    assert peers.addresses[0][0] == HERE
+    assert peers.addresses[0][1] > 0
+
+
 def two_peers(folder=None):
     """Rank 0 and rank 1, both answering in this process."""
     hearts = [Heart(), Heart()]
-    addresses = [
-        (host, port) for rank in (0, 1) for host, port in [_answer(rank, "127.0.0.1", hearts[rank])]
-    ]
+    addresses = [("127.0.0.1", _answer(rank, "127.0.0.1", hearts[rank])) for rank in (0, 1)]
     return [Peers(rank, addresses, hearts[rank], folder) for rank in (0, 1)]
 
 
