@@ -7,14 +7,17 @@ sources, read again -> the kept rows as they were, with a field `slap` -> FILE
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import datetime
 import gzip
 import io
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,19 +26,23 @@ import torch
 from slap_ds.comm import Comm
 from slap_ds.config import Config
 from slap_ds.data.batch import CandidateBatch
-from slap_ds.data.reread import reread
+from slap_ds.data.reread import Origin, reread
+from slap_ds.data.sources import Limits
 from slap_ds.data.store import POSITION_BITS, TokenStore
 from slap_ds.data.templates import make_template
 from slap_ds.engine import TrainStats
 from slap_ds.evaluation.pass_ import sum_pass
 from slap_ds.metrics import read_lines
-from slap_ds.run import Inputs, Run, prepare, read_inputs
+from slap_ds.run import Inputs, OtherRankFailed, Run, prepare, read_inputs
 from slap_ds.scoring import Scorer
 from slap_ds.selection import ScoredBatch
 from slap_ds.selection.strata import assign_strata
 from slap_ds.step import train_step
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
+# How often rank 0 tells the others that it still writes, seconds; far less than any time-out.
+SAID_S = 2.0
+GOES_ON, DONE, FAILED = range(3)
 
 Kept = dict[int, dict[str, Any]]  # position in the store -> what `slap` says of the row
 
@@ -56,13 +63,19 @@ def curate(config: Config, out: Path, comm: Comm) -> tuple[int, int] | None:
     scratch = out.with_name(f".{out.name}.run")
     try:
         run = prepare(_once_over(config, scratch), comm)
+        # What cannot be written should cost no scoring: every rank tries the first row.
+        _line(next(_origins(run.config, run.inputs)).row, {})
         kept = _picked(run)
+        if comm.rank != 0:
+            _wait(run)
+            return None
         try:
-            if comm.rank != 0:
-                return None
-            return _write(run.config, run.inputs, kept, out), len(run.inputs.train)
-        finally:
-            comm.barrier(run.step, "the curated data")
+            written = _write(run.config, run.inputs, kept, out, _now_and_then(run))
+        except (ValueError, OSError):
+            _say(run, FAILED)
+            raise
+        _say(run, DONE)
+        return written, len(run.inputs.train)
     finally:
         if comm.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -120,6 +133,7 @@ def _once_over(config: Config, scratch: Path) -> Config:
     raw |= {"run_dir": str(scratch), "steps": None, "epochs": 1}
     raw["selection"] |= {"warmup": 0, "cooldown": 0}
     raw["step"] |= {"forward": "separate", "balance": "deal"}
+    raw["checkpoint"] |= {"resume": "auto"}  # the scratch folder holds no run of the user's
     return Config.model_validate(raw)
 
 
@@ -134,7 +148,7 @@ class _Watched(Scorer):
 
 
 def _picked(run: Run) -> Kept:
-    """What the run's selection keeps of each candidate batch, on every rank."""
+    """What the run's selection keeps of each candidate batch; on all ranks but 0 nothing."""
     run.engine.train = lambda *_, **__: TrainStats(0.0, 0.0, {})  # type: ignore[method-assign]
     scorer = run.scorer = _Watched(run.scorer.plan)
     slap = run.config.selection
@@ -158,6 +172,8 @@ def _picked(run: Run) -> Kept:
                 step,
             )
             losses = torch.from_numpy(nats / tokens)
+        if run.comm.rank != 0:
+            continue
         for pick, weight in zip(selection.picks.tolist(), selection.weights.tolist(), strict=True):
             loss = float(losses[pick])
             kept[int(indices[pick])] = {
@@ -187,19 +203,55 @@ def _position(store: TokenStore, sample_id: int, path: Path) -> int:
     return position
 
 
-def _write(config: Config, inputs: Inputs, kept: Mapping[int, Any], out: Path) -> int:
+def _say(run: Run, what: int) -> int:
+    """What rank 0 says of its writing, on every rank."""
+    return int(run.comm.exchange(run.step, "the curated data", [what])[0, 0])
+
+
+def _now_and_then(run: Run) -> Callable[[], None]:
+    """For the writing loop: whoever waits in an exchange for longer gives up."""
+    said = time.monotonic()
+
+    def beat() -> None:
+        nonlocal said
+        if time.monotonic() - said > SAID_S:
+            _say(run, GOES_ON)
+            said = time.monotonic()
+
+    return beat
+
+
+def _wait(run: Run) -> None:
+    while (said := _say(run, GOES_ON)) == GOES_ON:
+        pass
+    if said == FAILED:
+        raise OtherRankFailed("rank 0 could not write the curated data")
+
+
+def _origins(config: Config, inputs: Inputs) -> Iterator[Origin]:
     data = config.data
-    origins = reread(
+    return reread(
         inputs.train,
         data.train,
         format=data.format,
         template=make_template(data.template, inputs.tokenizer),
         max_tokens=data.max_tokens,
         over_length=data.over_length,
+        limits=Limits(data.max_row_bytes, data.max_depth),
     )
+
+
+def _write(
+    config: Config,
+    inputs: Inputs,
+    kept: Mapping[int, Any],
+    out: Path,
+    beat: Callable[[], None] = lambda: None,
+) -> int:
     written = 0
     with _replaced(out) as file:
-        for origin in origins:
+        for origin in _origins(config, inputs):
+            beat()
             if origin.position in kept:
                 file.write(_line(origin.row, kept[origin.position]) + "\n")
                 written += 1
@@ -213,10 +265,25 @@ def _line(row: Mapping[str, Any], slap: Mapping[str, Any]) -> str:
         raise ValueError(
             "a row has a field 'slap' of its own, where the scores would go: rename it"
         )
-    try:
-        return json.dumps({**row, "slap": slap}, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"a row holds what JSON has no form for: {error}") from None
+    return json.dumps(_plain({**row, "slap": slap}), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """The value with what tables hold and JSON does not: bytes in base64, dates and times in ISO
+    8601, NaN and infinity as null, anything else (decimals, durations) as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value)
 
 
 @contextlib.contextmanager

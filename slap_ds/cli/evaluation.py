@@ -61,7 +61,7 @@ def add(commands: Commands) -> None:
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from slap_ds.evaluation.evaluate import Limits, evaluate
+    from slap_ds.evaluation.evaluate import Answering, evaluate
     from slap_ds.evaluation.show import show
     from slap_ds.evaluation.subject import open_subject
 
@@ -73,9 +73,9 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
         return
     names = ("template", "format", "max_tokens", "dtype", "attention")
     settings = {name: getattr(options, name) for name in names}
-    limits = Limits(options.samples, options.max_new_tokens, options.batch_tokens, options.seed)
+    how = Answering(options.samples, options.max_new_tokens, options.batch_tokens, options.seed)
     with open_subject(target, out, options.data, settings) as subject:
-        result, out = evaluate(subject, limits), subject.out
+        result, out = evaluate(subject, how), subject.out
     show(result, Console())
     print(f"wrote {out / 'eval.json'} and {out / 'predictions.jsonl'}")
     if endpoint is not None:

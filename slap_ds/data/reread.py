@@ -34,7 +34,7 @@ def reread(
     template: Template,
     max_tokens: int,
     over_length: Literal["truncate", "drop"],
-    limits: Limits | None = None,
+    limits: Limits,
 ) -> Iterator[Origin]:
     """Every sample of the store with its row, in the store's order.
 
@@ -44,7 +44,7 @@ def reread(
         ValueError: the sources do not give the store's samples any more.
     """
     index = 0
-    rows = _usable(find_sources(paths), format, limits or Limits())
+    rows = _usable(find_sources(paths), format, limits)
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
         encoded = template.encode_batch([conversation.messages for _, _, conversation in batch])
         for (where, row, conversation), result in zip(batch, encoded, strict=True):

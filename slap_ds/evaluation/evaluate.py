@@ -27,6 +27,7 @@ from slap_ds.comm import Comm
 from slap_ds.data.formats import Message
 from slap_ds.data.packing import Positions
 from slap_ds.data.reread import reread
+from slap_ds.data.sources import Limits
 from slap_ds.data.store import TokenStore
 from slap_ds.data.templates import Template, make_template
 from slap_ds.engine import make_engine
@@ -42,8 +43,8 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "sacrebleu", "rouge_score", 
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How much is generated, and how."""
+class Answering:
+    """How many rows are answered, and how."""
 
     samples: int | None = None  # answers per task, a fixed random subset; None: all rows, 0: none
     max_new_tokens: int = 256
@@ -61,7 +62,7 @@ class Question:
     references: tuple[str, ...]  # the row's `answers`, then its own answer
 
 
-def evaluate(subject: Subject, limits: Limits) -> dict[str, Any]:
+def evaluate(subject: Subject, how: Answering) -> dict[str, Any]:
     """Evaluate and write `eval.json` and `predictions.jsonl` into `subject.out`; returns eval.json.
 
     Raises:
@@ -70,24 +71,24 @@ def evaluate(subject: Subject, limits: Limits) -> dict[str, Any]:
     config, out = subject.config, subject.out
     inputs = read_inputs(config)
     store, template = inputs.train, make_template(config.data.template, inputs.tokenizer)
-    settings = _settings(subject, template, limits)
+    settings = _settings(subject, template, how)
     key = _hash(settings)
     predictions = _Predictions(out / "predictions.jsonl", key)
     positions = getattr(inputs.model_config.get_text_config(), "max_position_embeddings", None)
-    questions, too_long = _questions(subject, store, template, limits, positions)
+    questions, too_long = _questions(subject, store, template, how, positions)
 
     result: dict[str, Any] = {
         "target": str(subject.target),
         "step": subject.step,
         "key": key,
-        "settings": {**settings, **asdict(limits)},
+        "settings": {**settings, **asdict(how)},
         "versions": _versions(),
         "data": {"paths": config.data.train, "fingerprint": store.fingerprint}
         | asdict(store.counts),
         "loss": _known_losses(out, key, store) or _losses(subject, inputs.model_config, store),
     }
     del inputs
-    _answer(subject, questions, store, predictions, limits)
+    _answer(subject, questions, store, predictions, how)
     lines = predictions.finish(_line(q, store, predictions) for q in questions)
     result["answers"] = {
         **_groups(lines),
@@ -108,14 +109,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _settings(subject: Subject, template: Template, limits: Limits) -> dict[str, Any]:
+def _settings(subject: Subject, template: Template, how: Answering) -> dict[str, Any]:
     """What decides an answer, beside its prompt."""
     return {
         "weights": subject.weights,
         "dtype": subject.config.model.dtype,
         "template": template.name,
         "template_fingerprint": template.fingerprint(),
-        "max_new_tokens": limits.max_new_tokens,
+        "max_new_tokens": how.max_new_tokens,
         "max_tokens": subject.config.data.max_tokens,
         "decoding": "greedy",
     }
@@ -183,13 +184,13 @@ def _questions(
     subject: Subject,
     store: TokenStore,
     template: Template,
-    limits: Limits,
+    how: Answering,
     positions: int | None,
 ) -> tuple[list[Question], int]:
     """The rows to be answered, and how many of the chosen ones are too long for that: their prompt
     exceeds max_tokens, or leaves no room in the model's positions for max_new_tokens."""
     data = subject.config.data
-    chosen = set(_subset(store, limits).tolist())
+    chosen = set(_subset(store, how).tolist())
     found, too_long = [], 0
     for origin in reread(
         store,
@@ -198,13 +199,14 @@ def _questions(
         template=template,
         max_tokens=data.max_tokens,
         over_length=data.over_length,
+        limits=Limits(data.max_row_bytes, data.max_depth),
     ):
         if origin.position not in chosen:
             continue
         messages = origin.conversation.messages
         last = max(i for i, message in enumerate(messages) if message.role == "assistant")
         prompt = template.encode_prompt(messages[:last])
-        room = data.max_tokens if positions is None else positions - limits.max_new_tokens
+        room = data.max_tokens if positions is None else positions - how.max_new_tokens
         if len(prompt) > min(room, data.max_tokens):
             too_long += 1
             continue
@@ -215,20 +217,20 @@ def _questions(
     if chosen and not found:
         raise ValueError(
             f"all {too_long} prompts are too long: longer than max_tokens {data.max_tokens}, or "
-            f"with --max-new-tokens {limits.max_new_tokens} longer than the model's {positions} "
+            f"with --max-new-tokens {how.max_new_tokens} longer than the model's {positions} "
             "positions"
         )
     return found, too_long
 
 
-def _subset(store: TokenStore, limits: Limits) -> Positions:
+def _subset(store: TokenStore, how: Answering) -> Positions:
     """Indices to answer: of each task all, or `samples` drawn by the seed."""
     parts = []
     for code in range(len(store.names["task"])):
         rows = np.flatnonzero(store.task == code)
-        if limits.samples is not None and limits.samples < len(rows):
-            generator = np.random.Generator(np.random.Philox(key=[limits.seed, code]))
-            rows = np.sort(generator.choice(rows, limits.samples, replace=False))
+        if how.samples is not None and how.samples < len(rows):
+            generator = np.random.Generator(np.random.Philox(key=[how.seed, code]))
+            rows = np.sort(generator.choice(rows, how.samples, replace=False))
         parts.append(rows)
     return np.concatenate(parts)
 
@@ -282,7 +284,7 @@ def _answer(
     questions: Sequence[Question],
     store: TokenStore,
     predictions: _Predictions,
-    limits: Limits,
+    how: Answering,
 ) -> None:
     """Answer what `predictions` does not hold yet, a batch at a time.
 
@@ -292,7 +294,7 @@ def _answer(
     lengths = [len(question.prompt) for question in questions]
     groups = [
         [questions[i] for i in group]
-        for group in batches(lengths, limits.max_new_tokens, limits.batch_tokens)
+        for group in batches(lengths, how.max_new_tokens, how.batch_tokens)
     ]
     groups = [g for g in groups if any(int(ids[q.index]) not in predictions.known for q in g)]
     if not groups:
@@ -300,7 +302,7 @@ def _answer(
     config = subject.config
     answerer = Answerer(subject.folder, config.data.template, DTYPES[config.model.dtype])
     for group in track(groups, "answering", transient=True):
-        answers = answerer.answer([q.prompt for q in group], limits.max_new_tokens)
+        answers = answerer.answer([q.prompt for q in group], how.max_new_tokens)
         predictions.add(
             {
                 "id": int(ids[question.index]),

@@ -30,6 +30,7 @@ def write_losses(config: Config, out: Path, comm: Comm) -> int | None:
     try:
         raw = config.model_dump(mode="json") | {"run_dir": str(scratch)}
         raw["selection"] = {"method": "full"}
+        raw["checkpoint"] |= {"resume": "auto"}  # the scratch folder holds no run of the user's
         run = prepare(Config.model_validate(raw), comm)
         ids, losses = score_pass(run.engine, comm, run.inputs.train, config.score_row_tokens)
         broken = int((~np.isfinite(losses)).sum())

@@ -8,6 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# Rows that never became a sample, by their counts in eval.json's `data`.
+LEFT_OUT = {
+    "rejected": "rejected (rejects.jsonl)",
+    "dropped_too_long": "longer than max_tokens",
+    "dropped_no_trained_tokens": "without an answer within max_tokens",
+}
+
 
 def show(result: Mapping[str, Any], console: Console) -> None:
     """Losses and metrics per task and source."""
@@ -23,6 +30,9 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         shown = "-" if entry["loss"] is None else f"{entry['loss']:.4f}"
         table.add_row(name, shown, str(entry["samples"]), str(entry["response_tokens"]))
     console.print(table)
+    left_out = [f"{n} {said}" for name, said in LEFT_OUT.items() if (n := result["data"][name])]
+    if left_out:
+        console.print(f"rows in neither losses nor answers: {', '.join(left_out)}")
     if not answers["predictions"]:
         return
     table = Table(title=f"{answers['predictions']} greedy answers")

@@ -1,8 +1,11 @@
 """`slap-ds curate`: the rows a run would keep, exactly as they were, with their scores."""
 
+import datetime
 import gzip
 import json
+import time
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from slap_ds import curate as curate_module
 from slap_ds.cli import main
 from slap_ds.comm import Comm
 from slap_ds.curate import curate
 from slap_ds.data.reread import reread
+from slap_ds.data.sources import Limits
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
 from slap_ds.engine import start_ranks
+from slap_ds.engine.ranks import limit_waiting
 from slap_ds.metrics import read_lines
-from slap_ds.run import read_inputs
+from slap_ds.run import OtherRankFailed, read_inputs
 from tests.ranks import run_ranks
 from tests.recipes import picks, run_config, tiny_config, tiny_model
 from tests.unit.test_eval_loss import plain_turns
@@ -179,7 +185,7 @@ def test_sources_that_change_meanwhile_are_noticed(change, model, tmp_path, data
     config, _ = make(model, tmp_path, data)
     inputs = read_inputs(config)
     template = make_template("auto", inputs.tokenizer)
-    settings = {"format": "auto", "template": template, "max_tokens": 256}
+    settings = {"format": "auto", "template": template, "max_tokens": 256, "limits": Limits()}
     rows = reread(inputs.train, [str(data)], **settings, over_length="truncate")
     assert [origin.position for origin in rows] == list(range(100))
     lines = data.read_text("utf-8").split("\n")[:-1]
@@ -209,6 +215,62 @@ def test_parquet_rows_keep_their_fields(model, tmp_path):
         assert row in rows
 
 
+def test_tables_keep_what_json_has_no_form_for(model, tmp_path):
+    when = datetime.datetime(2024, 2, 29, 12, 30, tzinfo=datetime.timezone.utc)
+    odd = {
+        "at": when,
+        "day": when.date(),
+        "hour": datetime.time(8, 15),
+        "took": datetime.timedelta(hours=25),
+        "image": {"bytes": b"\x00\xff", "path": None},
+        "price": Decimal("1.50"),
+        "scores": [0.5, float("nan"), float("inf")],
+        "labels": [("a", 1)],
+    }
+    rows = [{"prompt": f"{n} + 1 =", "completion": str(n + 1), **odd} for n in range(6)]
+    types = {name: pa.array([value]).type for name, value in odd.items() if name != "labels"}
+    types["labels"] = pa.map_(pa.string(), pa.int64())
+    schema = pa.schema({"prompt": pa.string(), "completion": pa.string(), **types})
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "rows.parquet")
+    _, path = make(model, tmp_path, tmp_path / "rows.parquet", batch={"candidates": 6})
+    main(["curate", path, "--out", str(tmp_path / "kept.jsonl"), "--keep", "0.5"])
+    for row in rows_of(tmp_path / "kept.jsonl"):
+        assert {name: row[name] for name in odd} == {
+            "at": "2024-02-29T12:30:00+00:00",
+            "day": "2024-02-29",
+            "hour": "08:15:00",
+            "took": "1 day, 1:00:00",
+            "image": {"bytes": "AP8=", "path": None},
+            "price": "1.50",
+            "scores": [0.5, None, None],
+            "labels": [["a", 1]],
+        }
+
+
+def test_rows_that_the_configs_own_limits_let_through(model, tmp_path, data):
+    deep = json.loads("[" * 80 + "]" * 80)
+    lines = data.read_text("utf-8").split("\n")
+    data.write_text("\n".join([json.dumps({**json.loads(lines[0]), "x": deep}), *lines[1:]]))
+    _, path = make(model, tmp_path, data, selection={"method": "full"})
+    out = tmp_path / "kept.jsonl"
+    main(["curate", path, "--out", str(out), "--data.max_depth", "100"])
+    assert len(rows_of(out)) == 100
+    few = ["--data.max_row_bytes", "300", "--data.max_reject_share", "1"]
+    main(["curate", path, "--out", str(out), *few])
+    assert 0 < len(rows_of(out)) < 100
+
+
+@pytest.mark.parametrize("resume", ["must", "never"])
+def test_how_the_run_resumes_does_not_count(resume, model, tmp_path, data):
+    _, path = make(model, tmp_path, data, checkpoint={"resume": resume})
+    for command, name in (("curate", "kept.jsonl"), ("losses", "losses.jsonl")):
+        scratch = tmp_path / f".{name}.run"
+        scratch.mkdir()
+        (scratch / "metrics.jsonl").touch()  # as a killed one may leave it
+        main([command, path, "--out", str(tmp_path / name)])
+        assert rows_of(tmp_path / name)
+
+
 def on_a_rank(config, out):
     return curate(config, out, start_ranks(config))
 
@@ -226,7 +288,40 @@ def test_two_ranks_under_zero_3_write_the_same(model, tmp_path, data):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_mistakes(model, tmp_path, data, capsys):
+def writes_slowly(config, out, broken):
+    comm = start_ranks(config)
+    line, picked = curate_module._line, curate_module._picked
+
+    def scored_then_impatient(run):
+        kept = picked(run)
+        limit_waiting(0.0)
+        assert bool(kept) == (comm.rank == 0)
+        return kept
+
+    def slow_line(row, slap):
+        time.sleep(0.1)
+        if broken and slap.get("sample_id", 0) & (2**28 - 1) > 50:
+            raise OSError("no space left")
+        return line(row, slap)
+
+    curate_module.SAID_S = 0.2
+    curate_module._picked, curate_module._line = scored_then_impatient, slow_line
+    try:
+        return curate(config, out, comm)
+    except (OSError, OtherRankFailed) as error:
+        return type(error).__name__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_ranks_wait_for_a_writer_that_outlasts_their_time_out(broken, model, tmp_path, data):
+    config, _ = make(model, tmp_path, data, engine={"kind": "deepspeed"})
+    results = run_ranks(writes_slowly, 2, config, tmp_path / "kept.jsonl", broken)
+    assert results == (["OSError", "OtherRankFailed"] if broken else [(60, 100), None])
+    assert (tmp_path / "kept.jsonl").exists() != broken
+
+
+def test_mistakes(model, tmp_path, data, capsys, monkeypatch):
     _, path = make(model, tmp_path, data)
     assert ".jsonl.gz" in fails(capsys, "curate", path, "--out", tmp_path / "kept.json")
     out = tmp_path / "kept.jsonl"
@@ -234,6 +329,7 @@ def test_mistakes(model, tmp_path, data, capsys):
     assert "no picks.jsonl" in fails(capsys, "curate", path, "--out", out, "--run", tmp_path)
     rows = [{**row, "slap": "mine"} for row in originals(data).values()]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(curate_module, "_picked", None)  # it is told before anything is scored
     assert "'slap' of its own" in fails(capsys, "curate", path, "--out", out)
     assert not out.exists()
     assert not list(tmp_path.glob(".kept*"))

@@ -280,6 +280,31 @@ def test_rows_of_ones_own(model, tmp_path):
     assert first["source"] == "rows"
 
 
+def test_rows_that_never_became_samples_are_told(model, tmp_path, capsys):
+    rows = [
+        {"prompt": "capital?", "completion": "Paris."},
+        {"prompt": "word " * 150, "completion": "yes"},
+        {"prompt": "", "completion": "yes"},
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:2] * 10]))
+    limits = ("--samples", 1, "--max-new-tokens", 4, "--max-tokens", 40)
+    result = evaluated(model, tmp_path / "out", "--data", data, *limits)
+    assert result["answers"]["too_long"] == 0
+    assert result["data"]["dropped_no_trained_tokens"] == 11
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 rejected (rejects.jsonl), 11 without an answer within max_tokens" in shown
+
+
+def test_a_runs_own_limits_on_rows(folder, tmp_path):
+    deep = json.loads("[" * 80 + "]" * 80)
+    row = {"prompt": "capital?", "completion": "Paris.", "x": deep}
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    run = train(folder, "deep", data={"eval": [str(data)], "max_depth": 100})
+    assert evaluated(run, tmp_path, "--max-new-tokens", 2)["answers"]["predictions"] == 1
+
+
 def test_losses_alone(model, tmp_path, capsys):
     result = evaluated(model, tmp_path, "--data", DATA, "--samples", 0)
     assert result["answers"]["predictions"] == 0
