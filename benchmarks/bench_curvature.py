@@ -127,7 +127,7 @@ def compare(run: Run, step: int, scorers: dict[str, Scorer]) -> dict[str, Any]:
 def step_diagonal(scores: Scores) -> torch.Tensor:
     """(E,) float64, the mean over the tokens that were taken."""
     assert scores.diagonal is not None
-    return scores.diagonal.double() / scores.diagonal_tokens
+    return scores.diagonal.double().cpu() / scores.diagonal_tokens
 
 
 def command() -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slap_ds.config import Config
 from slap_ds.data.packing import PackedRow
@@ -34,8 +36,24 @@ class TorchEngine(Engine):
         self.model = PackedCausalLM(lm, config.scoring.chunk_tokens, inputs).train()
         self.hidden_size = model_config.get_text_config().hidden_size
         self.parameters = count_parameters(lm)
-        self.optimizer = make_optimizer(config, trainable(lm))
-        self.max_grad_norm = config.optimizer.max_grad_norm
+        self.config = config
+
+    @cached_property
+    def masters(self) -> list[nn.Parameter]:
+        """What the optimizer steps, in the order of `trainable`: the weights themselves, or float32
+        copies of bfloat16 ones, in which most steps would be too small to count.
+
+        Made when they are first needed: evaluation has no use for them.
+        """
+        return [
+            p if p.dtype.itemsize >= 4 else nn.Parameter(p.detach().float())
+            for p in trainable(self.model)
+        ]
+
+    @cached_property
+    def optimizer(self) -> torch.optim.AdamW:
+        """AdamW over `masters`."""
+        return make_optimizer(self.config, self.masters)
 
     def _forward(self, row: PackedRow, mode: str, wants: Wants | None) -> Any:
         return self.model(row, mode, wants)
@@ -44,20 +62,37 @@ class TorchEngine(Engine):
         (loss / total_weight).backward()
 
     def _step(self) -> float:
-        limit = self.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(trainable(self.model), limit)
+        for parameter, master in self._copies():
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        limit = self.config.optimizer.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, limit)
         finite = bool(torch.isfinite(norm))
         if finite:
             self.optimizer.step()
+            with torch.no_grad():
+                for parameter, master in self._copies():
+                    parameter.copy_(master)
         self.optimizer.zero_grad()
+        self.model.zero_grad()
         return float(norm) if finite else math.inf
 
+    def _copies(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """(weight, its float32 master) where those are two."""
+        pairs = zip(trainable(self.model), self.masters, strict=True)
+        return ((weight, master) for weight, master in pairs if weight is not master)
+
+    def _named_masters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """By every name: a tied weight has two."""
+        master_of = dict(zip(trainable(self.model), self.masters, strict=True))
+        for name, parameter in self.model.lm.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                yield name, master_of[parameter]
+
     def save(self, folder: Path, writer: TensorWriter) -> None:
-        model = self.model.lm.state_dict()
         # Frozen weights are where they were loaded from.
-        for name, parameter in self.model.lm.named_parameters():
-            if not parameter.requires_grad:
-                del model[name]
+        frozen = {n for n, p in self.model.lm.named_parameters() if not p.requires_grad}
+        model = {n: v for n, v in self.model.lm.state_dict().items() if n not in frozen}
+        model |= {name: master.detach() for name, master in self._named_masters()}
         names = [name for name, p in self.model.lm.named_parameters() if p.requires_grad]
         state = {"model": model, "optimizer": self.optimizer.state_dict(), "names": names}
         writer.write(state, folder / "torch.pt")
@@ -68,16 +103,22 @@ class TorchEngine(Engine):
         trained = {name for name, p in self.model.lm.named_parameters() if p.requires_grad}
         assert not problem.unexpected_keys, problem
         assert not trained & set(problem.missing_keys), problem
+        with torch.no_grad():
+            for name, master in self._named_masters():
+                master.copy_(state["model"][name])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def load_whole(self, folder: Path) -> None:
         whole = open_whole(folder)
+        master_of = dict(zip(trainable(self.model), self.masters, strict=True))
         with torch.no_grad():
             self._load_buffers(whole.others)
             for name, parameter in self.model.lm.named_parameters():
                 if not parameter.requires_grad:
                     continue
-                parameter.copy_(whole.tensor(name, "fp32"))
+                master = master_of[parameter]
+                master.copy_(whole.tensor(name, "fp32"))
+                parameter.copy_(master)
                 state: dict[str, Tensor] = {"step": torch.tensor(whole.step)}
-                state |= {key: whole.tensor(name, key).to(parameter) for key in MOMENTS}
-                self.optimizer.state[parameter] = state
+                state |= {key: whole.tensor(name, key).to(master) for key in MOMENTS}
+                self.optimizer.state[master] = state

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from slap_ds.config import Config
 from slap_ds.data.stream import CandidateStream
 from slap_ds.run import read_inputs
 from slap_ds.step import learning_rate
+from slap_ds.whole_state import whole_weights
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
@@ -30,8 +32,6 @@ def on_ranks(config: Config, world: int) -> list[float]:
 
 def plain_pytorch(config: Config) -> list[float]:
     """Ordinary training on all candidates, one padded-free sample at a time, no slap_ds engine."""
-    from transformers import AutoModelForCausalLM
-
     store = read_inputs(config).train
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     o = config.optimizer
@@ -122,14 +122,19 @@ def test_slap_picks_the_same_on_any_number_of_ranks(kind, models, tmp_path):
         assert max(abs(a - b) for a, b in zip(found, expected_losses, strict=True)) <= 1e-5
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_stop_and_resume_equals_no_stop_bit_for_bit(world, engine, models, tmp_path):
-    if engine == "torch" and world > 1:
-        pytest.skip("the torch engine runs on one rank")
-
+@pytest.mark.parametrize(
+    ("engine", "world", "dtype"),
+    [
+        ("torch", 1, "float32"),
+        ("torch", 1, "bfloat16"),
+        ("deepspeed", 1, "float32"),
+        ("deepspeed", 2, "float32"),
+    ],
+)
+def test_stop_and_resume_equals_no_stop_bit_for_bit(engine, world, dtype, models, tmp_path):
     def go(name, **sections):
         sections = {"checkpoint": {"every": 4}, "engine": {"kind": engine}, **sections}
+        sections["model"] = {"dtype": dtype}
         config = tiny_config(models["llama"], tmp_path / name, **sections)
         if world == 1 and engine == "torch":
             run_config(config)
@@ -154,6 +159,28 @@ def test_stop_and_resume_equals_no_stop_bit_for_bit(world, engine, models, tmp_p
     ]
     totals = [records[-1]["total"]["picked"] for records in trained]
     assert totals[0] == totals[1] == 100
+
+
+def test_small_steps_count_in_bfloat16_too(models, tmp_path):
+    """Most of them are far below half a unit of a bfloat16 weight, so both engines keep float32."""
+    initial = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.bfloat16)
+    moved = {}
+    for kind in ("torch", "deepspeed"):
+        config = tiny_config(
+            models["llama"],
+            tmp_path / kind,
+            selection={"method": "full"},
+            model={"dtype": "bfloat16"},
+            optimizer={"lr": 2e-5},
+            engine={"kind": kind},
+        )
+        run_config(config) if kind == "torch" else run_ranks(run_config, 1, config)
+        weights = whole_weights(tmp_path / kind / "checkpoints/step-000010")
+        steps = [weights[n].flatten() - p.float().flatten() for n, p in initial.named_parameters()]
+        moved[kind] = torch.cat(steps).detach()
+        assert float((moved[kind] != 0).float().mean()) > 0.8  # not the tokens that never came
+    difference = torch.linalg.vector_norm(moved["torch"] - moved["deepspeed"])
+    assert difference < 0.02 * torch.linalg.vector_norm(moved["deepspeed"])
 
 
 def read(run_dir: Path):
