@@ -13,6 +13,7 @@ import numpy as np
 
 from slap_ds.data.formats import Conversation, Message, Reject, read_sources
 from slap_ds.data.sources import find_sources
+from slap_ds.study.keys import source_facts
 from slap_ds.study.plan import PLAIN, Study, Variant, data_file
 
 Rows = list[Conversation]
@@ -35,10 +36,7 @@ def write_data(study: Study, folder: Path) -> dict[str, Any]:
     facts = {
         "data": spec.model_dump(mode="json", exclude={"train", "eval"}),
         "variants": {name: v.model_dump(mode="json") for name, v in study.variants.items()},
-        "files": [
-            [_digest(file) for source in sources for file in source.files]
-            for sources in (train_sources, eval_sources)
-        ],
+        "files": [source_facts(train_sources), source_facts(eval_sources)],
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     if note.is_file():
@@ -175,7 +173,3 @@ def _write(path: Path, rows: Rows) -> None:
                 "lang": row.lang,
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

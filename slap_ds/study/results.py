@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +20,8 @@ import yaml
 
 from slap_ds.metrics import read_lines
 from slap_ds.study.plan import Cell
+
+logger = logging.getLogger(__name__)
 
 SUMS = {
     "candidates": "candidates",
@@ -33,12 +36,29 @@ SUMS = {
     "score_s": "score_s",
     "selection_s": "selection_s",
 }
+KEYS_FILE = "keys.json"
 PLACES = ("run_dir", "data.train", "data.eval", "data.cache_dir", "model.path", "model.tokenizer")
 
 
+def finished(run_dir: Path) -> str | None:
+    """The key of a finished run, else None."""
+    path = run_dir / "done.json"
+    return json.loads(path.read_text("utf-8"))["key"] if path.is_file() else None
+
+
 def collect(folder: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """A row for each finished cell, in the order of `cells`."""
-    done = [cell for cell in cells if (folder / "cells" / cell.name / "done.json").is_file()]
+    """A row for each finished cell, in the order of `cells`; cells that an earlier state of the
+    study has made are left out, with a warning."""
+    found = {cell: key for cell in cells if (key := finished(folder / "cells" / cell.name))}
+    path = folder / KEYS_FILE
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    done = [cell for cell, key in found.items() if known is None or known.get(cell.name) == key]
+    if stale := [cell.name for cell in found if cell not in done]:
+        logger.warning(
+            "left out %d cells of an earlier config, data or base model, run the study again: %s",
+            len(stale),
+            ", ".join(stale),
+        )
     settings = [dict(_flat(_config(folder / "cells" / cell.name))) for cell in done]
     differing = [
         key

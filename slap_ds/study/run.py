@@ -1,14 +1,13 @@
 """Runs a study: base model, the grid, then the reference runs matched to the pruned ones.
 
-A cell is finished when its done.json holds the key of what it was made from: its config, the data
+A cell is finished when its done.json holds the key of what it is made from: its config, the data
 and the base model. Finished cells are skipped, so a study that was stopped, or got more cells,
-goes on; an unfinished cell starts again.
+goes on; an unfinished cell starts again. keys.json has the keys of the study as it is now.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import statistics
 import time
@@ -20,9 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from slap_ds.config import Config
+from slap_ds.config import Config, SelectionConfig
 from slap_ds.metrics import read_lines
 from slap_ds.study.data import write_data
+from slap_ds.study.keys import Keys
 from slap_ds.study.plan import (
     PLAIN,
     Cell,
@@ -34,6 +34,7 @@ from slap_ds.study.plan import (
     pruned_groups,
 )
 from slap_ds.study.pool import Failure, run_tasks
+from slap_ds.study.results import KEYS_FILE, finished
 from slap_ds.study.work import LossesTask, TimeTask, TrainTask, work, write_json
 
 PRELOAD = "slap_ds.study.work"
@@ -75,24 +76,26 @@ def run_study(study: Study, folder: Path, jobs: int, console: Console) -> Outcom
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         write_json(folder / STUDY_FILE, study.model_dump(mode="json"))
-        data_key = ""
         if study.data is not None:
             made = write_data(study, folder)
-            data_key = made["hash"]
             if made["rejected"]:
                 console.print(f"{made['rejected']} rows of the data cannot be used")
-        base_key = _train_base(study, folder, data_key, console)
-        keys = [data_key, base_key]
+        keys = Keys()
+        base = _train_base(study, folder, keys, console)
         if study.base.losses:
-            _write_base_losses(study, folder, cells[0], "-".join(keys), console)
-        failed = _run_cells(configs, keys, jobs, console)
+            _write_base_losses(study, folder, cells[0], keys, base, console)
+        wanted = {cell: keys.of(config, base) for cell, config in configs.items()}
+        _write_keys(folder, wanted)
+        failed = _run_cells(configs, wanted, jobs, console)
         matched = _match(study, folder, [c for c in cells if c.name not in failed], console)
         (folder / "matched.json").write_text(
             json.dumps([asdict(m) for m in matched], indent=1) + "\n", "utf-8"
         )
         more = _matched_cells(study, cells, matched)
         configs = {cell: cell_config(study, cell, folder) for cell in more}
-        failed += _run_cells(configs, keys, jobs, console)
+        matching = {cell: keys.of(config, base) for cell, config in configs.items()}
+        _write_keys(folder, wanted | matching)
+        failed += _run_cells(configs, matching, jobs, console)
     return Outcome(cells + more, matched, failed)
 
 
@@ -115,20 +118,25 @@ def read_outcome(folder: Path) -> tuple[Study, Outcome]:
     return study, Outcome(cells, matched, failed)
 
 
+def _write_keys(folder: Path, keys: Mapping[Cell, str]) -> None:
+    write_json(folder / KEYS_FILE, {cell.name: key for cell, key in keys.items()})
+
+
 def _place(folder: Path, cell: Cell) -> Path:
     return folder / "cells" / cell.name
 
 
-def _train_base(study: Study, folder: Path, data_key: str, console: Console) -> str:
-    """Train and export the base model unless it is there; returns its key."""
+def _train_base(study: Study, folder: Path, keys: Keys, console: Console) -> Any:
+    """Train and export the base model unless it is there; returns what stands for it in keys."""
     config = base_config(study, folder)
     if config is None:
-        return study.base.path or ""
-    key = _key(config, [data_key])
+        return keys.of_path(study.base.path)
+    key = keys.of(config, keys.of_path(config.model.path))
     model, note = folder / "base" / "model", folder / "base" / "model.json"
     if note.is_file() and json.loads(note.read_text("utf-8"))["key"] == key:
         return key
     note.unlink(missing_ok=True)
+    _write_keys(folder, {})  # no cell is of the new one, should this be interrupted
     console.print("training the base model")
     for _, result in run_tasks(work, [TrainTask(config, key, str(model))], 1, PRELOAD):
         if isinstance(result, Failure):
@@ -141,17 +149,19 @@ def _train_base(study: Study, folder: Path, data_key: str, console: Console) -> 
 
 
 def _write_base_losses(
-    study: Study, folder: Path, any_cell: Cell, key: str, console: Console
+    study: Study, folder: Path, any_cell: Cell, keys: Keys, base: Any, console: Console
 ) -> None:
     """The loss of each training row under the base model, unless it is there."""
     out, note = folder / "base" / "losses.jsonl", folder / "base" / "losses.json"
+    config = cell_config(study, replace(any_cell, variant=PLAIN), folder)
+    run_dir, every = str(folder / "base" / "scoring"), SelectionConfig(method="full")
+    config = config.model_copy(update={"run_dir": run_dir, "selection": every})
+    key = keys.of(config, base)
     if note.is_file() and json.loads(note.read_text("utf-8"))["key"] == key:
         return
     note.unlink(missing_ok=True)
+    _write_keys(folder, {})
     console.print("scoring the training rows with the base model")
-    cell = replace(any_cell, variant=PLAIN)
-    config = cell_config(study, cell, folder)
-    config = config.model_copy(update={"run_dir": str(folder / "base" / "scoring")})
     for _, result in run_tasks(work, [LossesTask(config, str(out))], 1, PRELOAD):
         if isinstance(result, Failure):
             raise ValueError(f"the rows could not be scored: {result.error}\n{result.trace}")
@@ -159,14 +169,13 @@ def _write_base_losses(
 
 
 def _run_cells(
-    configs: Mapping[Cell, Config], keys: list[str], jobs: int, console: Console
+    configs: Mapping[Cell, Config], keys: Mapping[Cell, str], jobs: int, console: Console
 ) -> list[str]:
     """Train what is not finished; returns the names of the cells that failed."""
     tasks = {}
     for cell, config in configs.items():
-        key = _key(config, keys)
-        if finished(Path(config.run_dir)) != key:
-            tasks[config.run_dir] = (cell, TrainTask(config, key))
+        if finished(Path(config.run_dir)) != keys[cell]:
+            tasks[config.run_dir] = (cell, TrainTask(config, keys[cell]))
     if len(tasks) < len(configs):
         console.print(f"{len(configs) - len(tasks)} of {len(configs)} cells are finished already")
     failed, took, started = [], [], time.perf_counter()
@@ -288,26 +297,6 @@ def read_ratios(folder: Path) -> dict[str, float]:
     path = folder / "seconds.json"
     known: dict[str, float] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return known
-
-
-def finished(run_dir: Path) -> str | None:
-    """The key of a finished run, else None."""
-    path = run_dir / "done.json"
-    return json.loads(path.read_text("utf-8"))["key"] if path.is_file() else None
-
-
-def _key(config: Config, more: list[str]) -> str:
-    """A hash of what decides a run's results; where the study lies does not."""
-    # Without defaults, so that a new setting does not make finished cells look unfinished.
-    settings = config.model_dump(mode="json", exclude={"run_dir"}, exclude_defaults=True)
-    settings["model"].pop("path", None)  # `more` has the base model
-    settings["data"].pop("cache_dir", None)
-    if more[0]:  # the hash of the study's own data files
-        for name in ("train", "eval"):
-            settings["data"][name] = [Path(path).name for path in settings["data"][name]]
-    text = json.dumps([settings, more], sort_keys=True)
-    text = text.replace(str(Path(config.run_dir).parents[1]), "{study}")
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _train_records(folder: Path, cell: Cell) -> list[dict[str, Any]]:

@@ -2,15 +2,20 @@
 
 import os
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 
 from slap_ds.data.formats import Conversation, Message
-from slap_ds.study.data import changed, split
+from slap_ds.study import keys
+from slap_ds.study.data import changed, split, write_data
+from slap_ds.study.keys import Keys
 from slap_ds.study.plan import Cell, Variant, all_configs, base_config, plan, read_study
 from slap_ds.study.pool import Failure, run_tasks
+from tests.recipes import tiny_config
 
 STUDIES = Path(__file__).parents[2] / "configs" / "study"
 METHODS = {
@@ -163,6 +168,68 @@ def test_duplicates_stand_in_the_data_so_often():
     times = Counter(row.messages for row in after)
     assert Counter(times.values()) == {1: 7, 3: 7}
     assert {row.source for row in after[14:]} == {"a (copies)", "b (copies)"}
+
+
+def test_another_part_of_a_hub_data_set_is_other_data(tmp_path, monkeypatch):
+    whole = datasets.Dataset.from_list(
+        [{"messages": [asdict(m) for m in row.messages]} for row in rows("a", 8)]
+    )
+    whole.to_parquet(tmp_path / "rows.parquet")  # so that both parts are read from one file
+
+    real = datasets.load_dataset
+
+    def load(name, split):
+        files, cache = str(tmp_path / "rows.parquet"), str(tmp_path / "cache")
+        return real("parquet", data_files=files, split=split, cache_dir=cache)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+
+    def made(part):
+        data = {"train": [f"someone/data:train[{part}]"], "eval": ["someone/data"]}
+        return write_data(read_study(study_file(tmp_path, data=data), None), tmp_path / "out")
+
+    first = made(":50%")
+    text = (tmp_path / "out" / "data" / "train-plain.jsonl").read_text()
+    assert made(":50%") == first
+    assert made("50%:")["hash"] != first["hash"]
+    assert (tmp_path / "out" / "data" / "train-plain.jsonl").read_text() != text
+
+
+def test_keys_follow_what_files_hold(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        for file in ("rows.jsonl", "eval.jsonl", "valid.jsonl", "losses.jsonl", "tokenizer.json"):
+            (tmp_path / name / file).write_text(file)
+        (tmp_path / name / "model" / "weights").write_text("weights")
+
+    def key(folder):
+        config = tiny_config(
+            "x",
+            folder / "cells" / "one",
+            model={"tokenizer": str(folder / "tokenizer.json")},
+            data={"train": [str(folder / "rows.jsonl")], "eval": [str(folder / "eval.jsonl")]},
+            selection={
+                "validation": [str(folder / "valid.jsonl")],
+                "reference_losses": str(folder / "losses.jsonl"),
+            },
+        )
+        files = Keys()
+        return files.of(config, files.of_path(str(folder / "model")))
+
+    seen = {key(tmp_path / "a")}
+    assert key(tmp_path / "b") in seen
+    for path in sorted(p for p in (tmp_path / "b").rglob("*") if p.is_file()):
+        path.write_text(path.read_text().upper())
+        assert key(tmp_path / "b") not in seen
+        seen.add(key(tmp_path / "b"))
+    assert len(seen) == 7
+
+    monkeypatch.setattr(keys, "LARGE_BYTES", 3)
+    weights = tmp_path / "b" / "model" / "weights"
+    before = key(tmp_path / "b")
+    os.utime(weights, ns=(0, 0))
+    assert key(tmp_path / "b") != before
+    assert keys.path_facts("someone/hub-model") == "someone/hub-model"
 
 
 def double(number):

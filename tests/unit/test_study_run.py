@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import signal
 import sys
 import time
@@ -155,6 +156,50 @@ def test_finished_cells_are_not_run_again(tiny):
     assert "[1/2]" in printed.getvalue()  # the interrupted one, and the failed one
     assert kept.stat().st_mtime_ns == before
     assert losses(read_lines(again / "metrics.jsonl")) == losses(changed)
+
+
+def test_what_was_made_of_other_things_is_not_finished(tmp_path, caplog):
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n} + 1 =", "completion": str(n + 1)} for n in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = {
+        "name": "own",
+        "base": {"path": tiny_model(tmp_path / "model"), "losses": True},
+        "config": "finetune.yaml",
+        "methods": {"full": {"selection.method": "full"}},
+        "grid": [{"methods": ["full"], "keep": [1.0], "seeds": [1, 2]}],
+    }
+    files = {"train": [str(data)], "eval": ["builtin:demo/eval"], "max_tokens": 128}
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({**FINETUNE, "steps": 1, "data": files}))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(raw))
+    study, out = read_study(str(tmp_path / "study.yaml"), None), tmp_path / "out"
+
+    def run():
+        printed = io.StringIO()
+        run_study(study, out, 1, Console(file=printed, width=200))
+        losses = (out / "base" / "losses.json").read_text()
+        return int(re.search(r"\[\d/(\d)\]|$", printed.getvalue())[1] or 0), losses
+
+    cells, scored = run()
+    assert cells == 2
+    assert run() == (0, scored)
+    tiny_model(tmp_path / "model", initializer_range=0.2)
+    cells, again = run()
+    assert cells == 2
+    assert again != scored
+    data.write_text(data.read_text().replace("1", "one"))
+    assert run()[0] == 2
+    changed = study.model_copy(update={"overrides": {"data.max_tokens": 64}})
+    study, scored = changed, again
+    (out / "cells" / "full-keep1-seed2").rename(tmp_path / "aside")
+    assert run()[1] != scored
+    # As if that start had been interrupted before the second cell was made again.
+    shutil.rmtree(out / "cells" / "full-keep1-seed2")
+    (tmp_path / "aside").rename(out / "cells" / "full-keep1-seed2")
+    rows = collect(out, read_outcome(out)[1].cells)
+    assert [row["cell"] for row in rows] == ["full-keep1-seed1"]
+    assert "left out 1 cells" in caplog.text
+    assert "full-keep1-seed2" in caplog.text
 
 
 def test_report_of_a_study(tiny, capsys):

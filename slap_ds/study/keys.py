@@ -1,0 +1,86 @@
+"""Keys of runs: a hash of what decides a run's results, its files' content included.
+
+Where the files lie does not count, so a study that was moved goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slap_ds.config import Config
+from slap_ds.data.sources import Source, find_sources
+
+# Above it a file counts by size and time: hashing a large model would take minutes at every start.
+LARGE_BYTES = 2**26
+
+
+class Keys:
+    """The keys of configs that are told apart now: each file is looked at once."""
+
+    def __init__(self) -> None:
+        self._data = functools.cache(lambda paths: source_facts(find_sources(paths)))
+        self.of_path = functools.cache(path_facts)
+
+    def of(self, config: Config, base: Any) -> str:
+        """The key of a run.
+
+        Args:
+            base: stands for the model that it starts from.
+
+        Raises:
+            ValueError, FileNotFoundError: its data cannot be found.
+        """
+        # Without defaults, so that a new setting does not make finished cells look unfinished.
+        settings = config.model_dump(mode="json", exclude={"run_dir"}, exclude_defaults=True)
+        settings["model"].pop("path", None)
+        settings["data"].pop("cache_dir", None)
+        data = [config.data.train, config.data.eval, config.selection.validation]
+        named = [config.model.tokenizer, config.engine.deepspeed, config.selection.reference_losses]
+        for name in ("train", "eval"):
+            settings["data"].pop(name, None)
+        facts = [settings, base, [self._data(tuple(paths)) for paths in data]]
+        text = json.dumps([*facts, [self.of_path(path) for path in named]], sort_keys=True)
+        text = text.replace(str(Path(config.run_dir).parents[1]), "{study}")
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def source_facts(sources: Sequence[Source]) -> list[Any]:
+    """What decides the rows of each source: its label, the bytes of its files, and of a data set
+    also which part of them it is."""
+    return [
+        [
+            source.label,
+            [_digest(file) for file in source.files],
+            None if source.dataset is None else source.dataset._fingerprint,
+        ]
+        for source in sources
+    ]
+
+
+def path_facts(path: str | None) -> Any:
+    """What a file or a folder's files hold; of anything else (a hub's name) the text itself."""
+    found = Path(path or "").expanduser()
+    if path and found.is_file():
+        return _mark(found)
+    if path and found.is_dir():
+        files = [each for each in sorted(found.iterdir()) if each.is_file()]
+        return [[each.name, _mark(each)] for each in files]
+    return path
+
+
+def _mark(path: Path) -> Any:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns] if stat.st_size > LARGE_BYTES else _digest(path)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
