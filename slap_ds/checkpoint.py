@@ -201,6 +201,9 @@ class Saver:
             **pending.facts,
             "files": {name: asdict(f) for name, f in {**files, "state.json": state}.items()},
         }
+        for name, fact in files.items():  # as rank 0 finds them, before anything bears the name
+            if (temporary / name).stat().st_size != fact.bytes:
+                raise OSError(errno.EIO, "is not what its rank wrote", str(temporary / name))
         _write_text(temporary / "manifest.json", strict_json.dumps(_sealed(manifest)))
         for folder in sorted({path.parent for path in temporary.rglob("*")} | {temporary}):
             sync(folder)
@@ -213,9 +216,7 @@ class Saver:
         os.replace(hint, self.root / "latest")
         sync(self.root)
         # What is older goes once the new one is there, as a reader finds it.
-        new = read(final)
-        sizes = {name: (final / name).stat().st_size for name in new.files}
-        assert sizes == {name: fact.bytes for name, fact in new.files.items()}, sizes
+        read(final)
         older = [found for found in find(self.run_dir) if found.step < pending.step]
         for old in older[: max(0, len(older) + 1 - self.keep_last)]:
             gone = old.folder.with_name(f".tmp-{old.folder.name}")

@@ -33,10 +33,11 @@ from slap_ds.data.templates import make_template
 from slap_ds.engine import TrainStats
 from slap_ds.evaluation.pass_ import sum_pass
 from slap_ds.metrics import read_lines
-from slap_ds.run import Inputs, OtherRankFailed, Run, prepare, read_inputs
+from slap_ds.run import Inputs, Run, prepare, read_inputs
 from slap_ds.scoring import Scorer
 from slap_ds.selection import ScoredBatch
 from slap_ds.selection.strata import assign_strata
+from slap_ds.start import OtherRankFailed
 from slap_ds.step import train_step
 
 SUFFIXES = (".jsonl", ".jsonl.gz")

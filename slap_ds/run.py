@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +24,11 @@ from slap_ds.data.store import TokenStore, build_store
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
 from slap_ds.deepspeed_json import resolve_deepspeed
-from slap_ds.engine import Engine, RankError, make_engine, start_ranks, write_deepspeed
-from slap_ds.models.load import check_fit, load_config, load_tokenizer
+from slap_ds.engine import Engine, make_engine, start_ranks, write_deepspeed
+from slap_ds.models.load import check_fit, check_window, load_config, load_tokenizer
 from slap_ds.scoring import Scorer, ScoringPlan, Wants
 from slap_ds.selection import Course, Selector, make_selector
-
-T = TypeVar("T")
-
-
-class OtherRankFailed(RuntimeError):
-    """Another rank has already said what is wrong; this one only leaves."""
+from slap_ds.start import check_shared, first_on_each_node
 
 
 @dataclass
@@ -60,6 +55,7 @@ class Run:
     selector: Selector
     start_step: int = 0
     step: int = 0  # the one in progress
+    owes_evaluation: bool = False  # one was due when it was asked to stop
     skipped: int = 0  # steps in a row, up to now, whose loss or gradients were not finite
     totals: dict[str, float] = field(default_factory=dict)  # sums over all steps, kept on resume
 
@@ -110,8 +106,11 @@ def prepare(
     make_selector(config.selection.model_dump())
     comm = start_ranks(config) if comm is None else comm
     run_dir = Path(config.run_dir)
+    check_shared(run_dir, comm)
     newest = _newest_checkpoint(config, comm)
-    inputs = first_on_each_node(comm, "data", lambda: (read or read_inputs)(config))
+    inputs = first_on_each_node(
+        comm, "data", lambda tell: read(config) if read else read_inputs(config, tell)
+    )
     comm.agree(-1, "the training data", inputs.train.fingerprint)
     stream, scorer, selector = make_parts(config, inputs.train)
     if newest is not None:
@@ -128,6 +127,7 @@ def prepare(
         scorer.load_state_dict(state["scorer"])
         selector.load_state_dict(state["selector"])
         run.totals = dict(state["totals"])
+        run.owes_evaluation = bool(state.get("owes_evaluation"))
     check_isolation(engine, inputs.model_config, config.model.attention)
     comm.agree(run.start_step, "the checkpoint to resume from", str(run.start_step))
     if comm.rank == 0:
@@ -191,11 +191,16 @@ def _free_host_bytes() -> float:
     return float(sizes["MemAvailable"].split()[0]) * 1024
 
 
-def read_inputs(config: Config) -> Inputs:
-    """Tokenizer, model config and token stores, checked against each other."""
+def read_inputs(config: Config, progress: Callable[[int], None] | None = None) -> Inputs:
+    """Tokenizer, model config and token stores, checked against each other.
+
+    Args:
+        progress: called with the rows read so far, of one store after the other.
+    """
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
     model_config = load_config(config.model.path, config.model.config)
     check_fit(model_config, tokenizer, config.data.max_tokens)
+    check_window(model_config, config.model.attention, config.data.max_tokens)
     template = make_template(config.data.template, tokenizer)
     run_dir = Path(config.run_dir)
 
@@ -210,6 +215,7 @@ def read_inputs(config: Config) -> Inputs:
             cache_dir=_cache_dir(config),
             max_reject_share=data.max_reject_share,
             rejects_path=run_dir / rejects,
+            progress=progress,
             limits=Limits(data.max_row_bytes, data.max_depth),
         )
 
@@ -278,32 +284,6 @@ def budget_at(step: int, steps: int, candidates: int, config: Config, selector: 
     if warm or cool:
         return candidates
     return selector.budget(step, steps, candidates, selection.keep)
-
-
-def first_on_each_node(comm: Comm, phase: str, work: Callable[[], T]) -> T:
-    """Run `work` on one rank of each node, then on the others, which find its results on disk.
-
-    Raises:
-        RankError: `work` met a mistake on this rank.
-        OtherRankFailed: it did so on another one, which reports it.
-    """
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    result, failure = None, None
-    for turn in (True, False):
-        if first == turn:
-            try:
-                result = work()
-            except Exception as error:
-                failure = error
-        failed = comm.exchange(-1, phase, [failure is not None])[:, 0]
-        if isinstance(failure, (ValueError, OSError)) and comm.world > 1:
-            raise RankError(str(failure)) from failure
-        if failure is not None:
-            raise failure
-        if failed.any():
-            raise OtherRankFailed(f"{phase}: ranks {failed.nonzero()[0].tolist()} failed")
-    assert result is not None
-    return result
 
 
 def _facts(config: Config, inputs: Inputs) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def train(run: Run) -> None:
             if metrics is not None:
                 metrics.write(record)
 
-    if run.start_step == 0:
-        log_evaluation(-1)
+    if run.start_step == 0 or run.owes_evaluation:
+        log_evaluation(run.start_step - 1)
     with progress:
         for step in range(run.start_step, steps):
             run.step = step
@@ -67,12 +67,18 @@ def train(run: Run) -> None:
                 comm.heart.limit_s = config.engine.timeout_s
                 limit_waiting(config.engine.timeout_s)
             last, stopping = step == steps - 1, "stop" in record
-            if last or _due(step, config.evaluation.every):
+            evaluates = last or _due(step, config.evaluation.every)
+            # Who asked to stop may not wait for an evaluation: it comes after the checkpoint, in
+            # this run or in the one that goes on.
+            run.owes_evaluation = evaluates and stopping
+            if evaluates and not stopping:
                 log_evaluation(step)
             if (last and config.checkpoint.last) or _due(step, config.checkpoint.every) or stopping:
                 save(run, step + 1)
             if stopping:
                 run.saver.wait()
+                if last:
+                    log_evaluation(step)
             run.saver.poll()
             log_checkpoints()
             if stopping and not last:
@@ -88,6 +94,7 @@ def save(run: Run, step: int) -> None:
         "scorer": run.scorer.state_dict(),
         "selector": run.selector.state_dict(),
         "totals": run.totals,
+        "owes_evaluation": run.owes_evaluation,
     }
     config = run.config.model_dump(mode="json")
     digest = hashlib.sha256(strict_json.dumps(config).encode()).hexdigest()

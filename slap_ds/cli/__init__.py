@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         from slap_ds.comm import RankDisagreement
         from slap_ds.engine import RankError
-        from slap_ds.run import OtherRankFailed
+        from slap_ds.start import OtherRankFailed
 
         if isinstance(error, OtherRankFailed):
             sys.exit(1)

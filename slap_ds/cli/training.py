@@ -72,7 +72,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
     """End this rank with a line that names rank, step and cause; a traceback if it is our fault."""
     from slap_ds.engine import PortTaken, RankError
-    from slap_ds.run import OtherRankFailed
+    from slap_ds.start import OtherRankFailed
 
     alone = comm.world == 1
     if isinstance(error, OtherRankFailed):

@@ -57,13 +57,18 @@ def guarded(
         return
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(work, place, theirs, os.getpid()))
+    # Threads of the parent do not go along. Where it has tokenised with several, `tokenizers` goes
+    # on with one in the child, but would wait for the others for ever if this variable is set.
+    setting = {k: os.environ.pop(k) for k in ("TOKENIZERS_PARALLELISM",) if k in os.environ}
+    child = context.Process(target=_child, args=(work, place, theirs, os.getpid(), setting))
     sys.stdout.flush()
     sys.stderr.flush()
-    with warnings.catch_warnings():
-        # Threads of the parent do not go along; the child uses none of what they hold.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child.start()
+    finally:
+        os.environ.update(setting)
     theirs.close()
     failure: Exception | None = None
     try:
@@ -96,8 +101,10 @@ def _child(
     place: Place,
     connection: Connection,
     parent: int,
+    setting: dict[str, str],
 ) -> None:
     _die_with(parent)
+    os.environ.update(setting)
     failed: list[Any] | None = None
     try:
         work(place, lambda rows: connection.send_bytes(json.dumps(["progress", rows]).encode()))

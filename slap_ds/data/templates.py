@@ -13,11 +13,13 @@ prefixes of the conversation, and refuses rows whose text holds a special token,
 would become one.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -352,6 +354,27 @@ def make_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
     Raises ValueError: unknown name, a tokenizer without the special tokens that a built-in needs
     or without a chat template, or a chat template in which the answers cannot be found.
     """
+    with _one_thread():
+        return _made(name, tokenizer)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tokenise without threads inside: a process that has used them has none after a fork, and the
+    store is built after one."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _made(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
     if name in TEMPLATES:
         return _BuiltInTemplate(name, tokenizer)
     built_in = ", ".join(TEMPLATES)

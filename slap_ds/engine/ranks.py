@@ -54,11 +54,12 @@ def start_ranks(config: Config, dog: Watchdog | None = None) -> Comm:
     heart.beat("looking for locks of builds")
     refuse_stale_locks(os.environ)
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     os.environ.update(place.variables())
     heart.beat("joining the ranks")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank)
+    if get_accelerator().device_name() == "cuda":
+        take_gpu(place.local_rank)
     waiting = datetime.timedelta(seconds=config.engine.start_timeout_s + _MARGIN_S)
     try:
         with _no_shared_buffers():
@@ -79,6 +80,23 @@ def start_ranks(config: Config, dog: Watchdog | None = None) -> Comm:
         comm.peers.folder = dog.folder
         dog.peers = comm.peers
     return comm
+
+
+def take_gpu(local_rank: int) -> None:
+    """Make the GPU of this rank's own number the current one, which DeepSpeed expects too.
+
+    Raises:
+        ValueError: this process does not see as many.
+    """
+    seen = torch.cuda.device_count()
+    if local_rank >= seen:
+        raise ValueError(
+            f"local rank {local_rank} sees {seen} GPU{'s' * (seen != 1)} (CUDA_VISIBLE_DEVICES is "
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): let every rank see all GPUs of "
+            "its node (Slurm: --gpus-per-node, not --gpus-per-task or --gpu-bind), and start no "
+            "more ranks on a node than it has GPUs"
+        )
+    torch.cuda.set_device(local_rank)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from transformers import (
 import slap_ds.models.attention  # noqa: F401  (registers the "packed" attention)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Their blocks put the sliding window into the mask alone, which only sdpa and eager read.
+_WINDOW_IN_MASK = frozenset({"phimoe"})
 DEMO_TOKENIZER = Path(__file__).parent.parent / "data" / "demo"
 
 
@@ -90,6 +92,24 @@ def check_fit(model_config: Any, tokenizer: Any, max_tokens: int) -> None:
     if positions is not None and max_tokens > positions:
         raise ValueError(
             f"data.max_tokens is {max_tokens}, the model has {positions} positions: lower it"
+        )
+
+
+def check_window(model_config: Any, attention: str, max_tokens: int) -> None:
+    """Refuse an attention that would not see the sliding window of this architecture.
+
+    Raises:
+        ValueError: samples may be longer than such a window.
+    """
+    text = model_config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    if text.model_type not in _WINDOW_IN_MASK or attention in ("sdpa", "eager"):
+        return
+    if window is not None and window < max_tokens:
+        raise ValueError(
+            f"{text.model_type} has attention windows of {window} tokens, which model.attention "
+            f"{attention} does not see, and data.max_tokens is {max_tokens}: use model.attention "
+            f"sdpa, or data.max_tokens up to {window}"
         )
 
 

@@ -25,7 +25,8 @@ from slap_ds.data.templates import make_template
 from slap_ds.engine import start_ranks
 from slap_ds.engine.ranks import limit_waiting
 from slap_ds.metrics import read_lines
-from slap_ds.run import OtherRankFailed, read_inputs
+from slap_ds.run import read_inputs
+from slap_ds.start import OtherRankFailed
 from tests.ranks import run_ranks
 from tests.recipes import picks, run_config, tiny_config, tiny_model
 from tests.unit.test_eval_loss import plain_turns

@@ -15,6 +15,7 @@ BETWEEN = {
     "whole_state": 0.6,
     "watchdog": 4.5,
     "checkpoint": 6.5,
+    "start": 6.6,
     "run": 6.7,
     "evaluation": 6.8,
     "step": 6.9,

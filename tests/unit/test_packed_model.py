@@ -5,6 +5,7 @@ import torch
 
 from slap_ds.data.packing import Candidate, PackedRow, make_row
 from slap_ds.models.causal import PackedCausalLM
+from slap_ds.models.load import check_window
 from slap_ds.scoring import Wants
 from tests.unit.test_reuse import small
 
@@ -70,6 +71,23 @@ def test_sliding_windows_hold_inside_samples(attention):
     torch.testing.assert_close(found, separately(reference), rtol=2e-6, atol=2e-6)
     wide = PackedCausalLM(small("mistral", attention, head_dim=8, sliding_window=50), 8).eval()
     assert (scores(wide, make_row(candidates())).loss - found).abs().max() > 1e-4
+
+
+def test_a_window_that_only_the_mask_knows_is_refused_where_it_would_be_ignored():
+    fields = {"head_dim": 8, "sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 2}
+    models = {a: small("phimoe", a, **fields) for a in ("packed", "sdpa", "eager")}
+    found = {
+        a: scores(PackedCausalLM(m, 8).eval(), make_row(candidates())).loss
+        for a, m in models.items()
+    }
+    torch.testing.assert_close(found["sdpa"], found["eager"], rtol=2e-6, atol=2e-6)
+    assert (found["packed"] - found["eager"]).abs().max() > 1e-4
+    config = models["packed"].config
+    with pytest.raises(ValueError, match=r"windows of 5 tokens.*sdpa, or data.max_tokens up to 5"):
+        check_window(config, "packed", 6)
+    check_window(config, "packed", 5)
+    check_window(config, "sdpa", 6)
+    check_window(small("mistral", head_dim=8, sliding_window=5).config, "packed", 6)
 
 
 def test_capped_attention_scores_are_refused():

@@ -369,6 +369,53 @@ def test_a_process_killed_while_building_leaves_no_half_store(tmp_path: Path) ->
     assert sorted(os.listdir(cache)) == sorted([left, store.folder.name])
 
 
+THREADED = """
+import os, sys
+from pathlib import Path
+from slap_ds.data import store
+from slap_ds.data.formats import Message
+from slap_ds.data.templates import make_template
+from slap_ds.models.load import load_tokenizer
+
+template = make_template("auto", load_tokenizer("builtin:demo"))
+if sys.argv[1] == "used":
+    answer = Message("assistant", "b")
+    template.encode_batch([[Message("user", str(i)), answer] for i in range(64)])
+write = store._write
+
+def written(*arguments):
+    write(*arguments)
+    print(len(os.listdir("/proc/self/task")), flush=True)
+
+store._write = written
+store.build_store(["builtin:demo/eval"], format="auto", template=template, max_tokens=512,
+                  over_length="truncate", cache_dir=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("setting", ["true", "false", None])
+@pytest.mark.parametrize("before", ["fresh", "used"])
+def test_threads_of_the_tokenizer_do_not_hang_the_child(
+    setting: str | None, before: str, tmp_path: Path
+) -> None:
+    """A forked process that waits for threads of its parent's waits for ever."""
+    environ = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
+    if setting is not None:
+        environ["TOKENIZERS_PARALLELISM"] = setting
+    result = subprocess.run(
+        [sys.executable, "-c", THREADED, before, str(tmp_path / "cache")],
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    if setting == "false":
+        assert int(result.stdout) == 1
+    elif before == "fresh" and (os.cpu_count() or 1) > 1:
+        assert int(result.stdout) > 1
+
+
 def test_of_two_builders_the_slower_one_takes_what_is_there(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", ROWS)
     faster: list[TokenStore] = []
