@@ -22,6 +22,8 @@ from typing import Any
 from slap_ds.evaluation.text import (
     Words,
     characters,
+    characters_apart,
+    folded,
     language_of,
     needed,
     without_punctuation,
@@ -30,7 +32,11 @@ from slap_ds.evaluation.text import (
 
 TALK = ("dialogue", "general")
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
-_NUMBER = re.compile(r"(?<![\d.,])-?\$?\d+(?:,\d+)*(?:\.\d+)?")
+# Digits with points and commas between them; a point before them is a decimal one only where a
+# number can begin.
+_DIGITS = r"(?:(?<!\d)-)?\$?(?:(?<![\w.,)\]])\.)?\d+(?:[.,]\d+)*"
+_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{2,3})*,\d{3}(?:\.\d+)?")
+_AT_THE_END = re.compile(rf"####\s*({_DIGITS})[.\s]*$")
 
 
 @dataclass(frozen=True)
@@ -105,25 +111,23 @@ def answer_tokens(text: str) -> list[str]:
     A Chinese or Japanese character is a token by itself, as in CMRC 2018's evaluation, and
     punctuation that is not ASCII goes too.
     """
-    plain = _ARTICLE.sub(" ", without_punctuation(text.lower()))
-    return [
-        token
-        for word in plain.split()
-        for token in (characters(word) if language_of(word) != "other" else [word])
-    ]
+    plain = _ARTICLE.sub(" ", without_punctuation(folded(text)))
+    return [token for word in plain.split() for token in characters_apart(word)]
 
 
-def marked_number(text: str) -> Decimal | None:
-    """The number after the last "####", with which GSM8K's answers end; None without one."""
-    _, mark, after = text.rpartition("####")
-    return _numbers(after)[0] if mark and _numbers(after) else None
+def marked_number(reference: str) -> Decimal | None:
+    """The number after "####" with which GSM8K's answers end; None without one, as after a
+    heading in Markdown."""
+    match = _AT_THE_END.search(reference)
+    found = _numbers(match[1]) if match else []
+    return found[0] if len(found) == 1 else None
 
 
 def said_number(text: str) -> Decimal | None:
-    """The number that an answer gives: the marked one, else the last one in it."""
-    marked = marked_number(text)
-    if marked is not None:
-        return marked
+    """The number that an answer gives: the first after its last "####", else the last in it."""
+    _, mark, after = text.rpartition("####")
+    if mark and (found := _numbers(after)):
+        return found[0]
     return found[-1] if (found := _numbers(text)) else None
 
 
@@ -141,7 +145,15 @@ def distinct(texts: Iterable[Sequence[str]], n: int) -> float:
 
 
 def _numbers(text: str) -> list[Decimal]:
-    return [Decimal(n.replace(",", "").replace("$", "")) for n in _NUMBER.findall(text)]
+    """All numbers, in order. Commas that make no groups of thousands separate numbers; what has
+    more than one point (a version, a date) is none."""
+    found = []
+    for digits in re.findall(_DIGITS, text):
+        plain = digits.replace("$", "")
+        for part in [plain] if _THOUSANDS.fullmatch(plain) else plain.split(","):
+            if part.count(".") < 2:
+                found.append(Decimal(part.replace(",", "")))
+    return found
 
 
 @functools.cache

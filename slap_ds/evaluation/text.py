@@ -17,8 +17,16 @@ _KANA = r"\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 _HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _KANA_LETTER = re.compile(f"[{_KANA}]")
 _CJK_LETTER = re.compile(f"[{_HAN}{_KANA}]")
-_CHARACTER = re.compile(rf"[{_HAN}{_KANA}]|[^\W_{_HAN}{_KANA}]+")
-_WORD = re.compile(r"[^\W_]+")
+# Accents and vowel signs, which `\w` leaves out, belong to the letter before them.
+_MARKS = "".join(
+    c
+    for c in map(chr, (*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0)))
+    if unicodedata.category(c).startswith("M")
+)
+_CJK = rf"[{_HAN}{_KANA}][{_MARKS}]*"
+_CHARACTER = re.compile(rf"{_CJK}|[^\W_{_HAN}{_KANA}]+(?:[{_MARKS}]+[^\W_{_HAN}{_KANA}]*)*")
+_APART = re.compile(rf"{_CJK}|[^{_HAN}{_KANA}]+")
+_WORD = re.compile(rf"[^\W_]+(?:[{_MARKS}]+[^\W_]*)*")
 
 
 def language_of(text: str) -> Language:
@@ -35,21 +43,31 @@ def language_of(text: str) -> Language:
 
 def characters(text: str) -> list[str]:
     """Each Han or kana character by itself, other letters and digits in whole words; lower case."""
-    return _CHARACTER.findall(text.lower())
+    return _CHARACTER.findall(folded(text))
+
+
+def characters_apart(word: str) -> list[str]:
+    """Each Han or kana character by itself, and whatever stands between them as it is."""
+    return _APART.findall(word)
+
+
+def folded(text: str) -> str:
+    """Lower case, and a letter with its accent as one character where Unicode has one."""
+    return unicodedata.normalize("NFC", text).lower()
 
 
 def words_like(reference: str) -> Words:
     """The segmentation that fits a reference; its prediction is segmented in the same way.
 
     Chinese: jieba's words. Japanese: characters. Other texts: rouge-score's own words where all
-    letters are ASCII, else runs of letters and digits. Punctuation never counts.
+    letters are ASCII, else runs of letters, digits and their marks. Punctuation never counts.
     """
     language = language_of(reference)
     if language == "zh":
         return _jieba_words
     if language == "ja":
         return characters
-    if any(c.isalpha() and not c.isascii() for c in reference):
+    if any(c.isalpha() and not c.isascii() for c in folded(reference)):
         return _unicode_words
     return _english_words
 
@@ -74,16 +92,16 @@ def needed(name: str) -> ModuleType:
 
 
 def _unicode_words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    return _WORD.findall(folded(text))
 
 
 def _english_words(text: str) -> list[str]:
-    words: list[str] = needed("rouge_score.tokenize").tokenize(text, None)
+    words: list[str] = needed("rouge_score.tokenize").tokenize(folded(text), None)
     return words
 
 
 def _jieba_words(text: str) -> list[str]:
-    return [word for word in _jieba().lcut(text.lower()) if _WORD.search(word)]
+    return [word for word in _jieba().lcut(folded(text)) if _WORD.search(word)]
 
 
 @functools.cache

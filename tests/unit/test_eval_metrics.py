@@ -56,6 +56,10 @@ def test_squad_metrics_in_chinese_are_of_characters():
     assert answer_tokens("在北京，2008年！") == ["在", "北", "京", "2008", "年"]
     assert exact_match("北京。", "北京") == 1
     assert exact_match("北 京", "北京") == 1
+    assert answer_tokens("巴黎Paris") == ["巴", "黎", "paris"]
+    assert answer_tokens("使用GPT模型") == answer_tokens("使用 GPT 模型")
+    assert token_f1("模型Transformer", "模型") == pytest.approx(2 * 2 / 5)
+    assert answer_tokens("Transformer 5€の") == ["transformer", "5€", "の"]
     # 3 of 4 found characters among 5 wanted ones: 2 * 3 / 9.
     assert token_f1("在北京市", "北京市政府") == pytest.approx(2 * 3 / 9)
 
@@ -70,12 +74,50 @@ def test_squad_metrics_in_chinese_are_of_characters():
         ("10, 20, 30.", 30),
         ("2-3", 3),
         ("#### $18 for 2", 18),
+        ("The answer is...5", 5),
+        ("is...-5", -5),
+        ("The answer is .5", 0.5),
+        ("costs $.50, no, -.25", -0.25),
+        ("18.The answer is 18.", 18),
+        ("the end.7", 7),
+        ("(x,5)", 5),
+        ("(3,5)", 5),
+        ("1,234,567 of 5,10", 10),
+        ("1,00,000", 100000),
+        ("12,345.50", 12345.5),
+        ("5 in version 1.2.3", 5),
+        ("7 on 15.01.2024", 7),
+        ("on 2024-01-15", 15),
+        ("1.2.3", None),
         ("none", None),
         ("####", None),
     ],
 )
 def test_the_number_an_answer_says(text, number):
     assert said_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("reference", "number"),
+    [
+        ("3 + 4 = 7\n#### 7", 7),
+        ("####-1,234.50. \n", -1234.5),
+        ("#### $18", 18),
+        ("#### Step 1", None),
+        ("#### 1 First\nDo it 2 times", None),
+        ("#### 3\n#### 4", 4),
+        ("#### 1.2.3", None),
+        ("#### 3,5", None),
+        ("7", None),
+    ],
+)
+def test_a_references_number_stands_at_its_end(reference, number):
+    assert marked_number(reference) == number
+
+
+def test_a_heading_is_no_number():
+    answer = Answer("qa", ("#### Step 1\nBoil it.",), "#### Step 1\nBoil it.")
+    assert sample_metrics(answer) == {"exact_match": 1.0, "f1": 1.0}
 
 
 def test_number_match_takes_the_place_of_exact_match():
@@ -176,6 +218,13 @@ def test_rouge_l_in_chinese_is_of_jiebas_words_and_of_characters():
 def test_other_scripts_keep_their_letters():
     assert words_like("Где дом?")("Вот дом, да.") == ["вот", "дом", "да"]
     assert rouge_l("über Äpfel", "Äpfel über", words_like("Äpfel über")) == pytest.approx(0.5)
+    assert words_like("की")("की, का कि") == ["की", "का", "कि"]
+    assert rouge_l("का", "की", words_like("की")) == 0
+    assert words_like("สวัสดี")("สวัสดี ครับ") == ["สวัสดี", "ครับ"]
+    composed, apart = "Café Zoë", "Cafe\u0301 Zoe\u0308"
+    assert words_like(composed)(apart) == words_like(apart)(composed) == ["café", "zoë"]
+    assert exact_match(apart, composed) == rouge_l(apart, composed, words_like(apart)) == 1
+    assert characters("か\u3099x\u0323y") == ["が", "x\u0323y"]
     assert characters("用GPU训练!") == ["用", "gpu", "训", "练"]
 
 
