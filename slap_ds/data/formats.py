@@ -80,7 +80,9 @@ def _optional(row: Mapping[str, Any], field: str) -> str:
 def _message(value: object, number: int) -> Message:
     if not isinstance(value, Mapping):
         raise ValueError(f"message {number} is {kind_of(value)}, expected an object")
-    role_key, text_key = ("from", "value") if "from" in value else ("role", "content")
+    # Tables fill up with nulls where rows of both kinds stand in one.
+    from_value = value.get("from") is not None
+    role_key, text_key = ("from", "value") if from_value else ("role", "content")
     role = value.get(role_key)
     if not isinstance(role, str):
         raise ValueError(f"message {number}: '{role_key}' is {kind_of(role)}, expected text")

@@ -326,6 +326,20 @@ def test_a_file_that_cannot_be_read_on_is_an_error(
     assert str(error.value).startswith(str(tmp_path / name))
 
 
+def test_parquet_rows_of_both_kinds_of_messages(tmp_path: Path) -> None:
+    turns = [("human", "user", "Hi!"), ("gpt", "assistant", "Hello.")]
+    rows = [
+        {"conversations": [{"from": f, "value": text} for f, _, text in turns]},
+        {"conversations": [{"role": r, "content": text} for _, r, text in turns]},
+    ]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert pq.read_table(path).to_pylist()[1]["conversations"][0]["from"] is None
+    first, second = read_conversations([str(path)])
+    assert isinstance(first, Conversation)
+    assert first == second
+
+
 def test_parquet_rows_with_broken_text_cost_only_themselves(tmp_path: Path) -> None:
     data = b"q1q2\xff\xfeq4"
     offsets = pa.py_buffer(memoryview(b"".join(i.to_bytes(4, "little") for i in (0, 2, 4, 6, 8))))
