@@ -226,7 +226,7 @@ def _message(data: bytes) -> str:
         raise ValueError("the reply is no chat completion") from None
     if not isinstance(text, str):
         raise ValueError("the reply is a chat completion without text")
-    return text
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair fits into no file
 
 
 def _text(error: urllib.error.HTTPError) -> str:

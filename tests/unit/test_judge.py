@@ -241,6 +241,18 @@ def test_no_reply_is_counted_and_asked_again_next_time(reply, tmp_path):
         assert judge(*pair, endpoint(url), tmp_path)["win"] == 1
 
 
+def test_half_a_surrogate_pair_in_a_reply(tmp_path):
+    def reply(handler, body, count):
+        handler.send(200, completion("I say \ud83d [[A]]"))
+
+    ours, theirs = [line(0, "short")], [line(0, "different")]
+    with server(reply) as (url, _):
+        found = judge(ours, theirs, endpoint(url), tmp_path)
+    assert found["tie"] == 1
+    kept = json.loads((tmp_path / "judge-cache.jsonl").read_text("utf-8").split("\n")[0])
+    assert kept["reply"] == "I say ? [[A]]"
+
+
 def test_a_bad_request_is_not_repeated():
     with server(status(400, 99)) as (url, seen):
         with pytest.raises(NoReply, match="HTTP 400"):
