@@ -32,6 +32,7 @@ from slap_ds.data.store import TokenStore
 from slap_ds.data.templates import Template, make_template
 from slap_ds.engine import make_engine
 from slap_ds.evaluation.answers import Answerer, batches
+from slap_ds.evaluation.loss import few_labels
 from slap_ds.evaluation.metrics import Answer, group_metrics, sample_metrics
 from slap_ds.evaluation.pass_ import TurnLosses, turn_pass
 from slap_ds.evaluation.subject import Subject
@@ -149,7 +150,8 @@ def _losses(subject: Subject, model_config: Any, store: TokenStore) -> dict[str,
     found |= {"all": _mean(turns, np.ones(len(turns.loss), dtype=bool))}
     for label in ("task", "source"):
         codes = getattr(store, label)[turns.sample]
-        found[f"by_{label}"] = means((n, codes == c) for c, n in enumerate(store.names[label]))
+        few, codes = few_labels(label, store.names[label], codes, turns.tokens, say=True)
+        found[f"by_{label}"] = means((name, codes == code) for code, name in enumerate(few))
     names = store.names["task"]
     talks = store.task[turns.sample] == (names.index("dialogue") if "dialogue" in names else -1)
     last = int(turns.turn.max())

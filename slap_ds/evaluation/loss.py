@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,11 @@ from slap_ds.comm import Comm
 from slap_ds.data.store import TokenStore
 from slap_ds.engine import Engine
 from slap_ds.evaluation.pass_ import sum_pass
+
+logger = logging.getLogger(__name__)
+# Of a kind; rows may each name a source of their own, and every evaluation would write them all.
+MOST_LABELS = 1000
+OTHERS = "(others)"
 
 
 def evaluate_loss(
@@ -26,7 +33,8 @@ def evaluate_loss(
     """Token-mean losses of the store's samples on the current weights; all ranks call this.
 
     Returns: {"eval_loss": x, "eval_loss_by_task": {name: x}, "eval_loss_by_source": {name: x}},
-    nats per response token, the same on every rank. With `keep_losses` also "samples": the `ids`,
+    nats per response token, the same on every rank; of many names those with most tokens, the
+    others together (`few_labels`). With `keep_losses` also "samples": the `ids`,
     `task`, `loss` (nats, summed over response tokens) and `tokens` of each, in the store's order.
     """
     chosen: npt.NDArray[np.int64] = np.arange(len(store))
@@ -38,10 +46,10 @@ def evaluate_loss(
     result: dict[str, Any] = {"eval_loss": float(loss.sum() / tokens.sum())}
     for label in ("task", "source"):
         codes = getattr(store, label)[chosen]
+        names, codes = few_labels(label, store.names[label], codes, tokens, say=comm.rank == 0)
+        sums, counts = (np.bincount(codes, of_each, len(names)) for of_each in (loss, tokens))
         result[f"eval_loss_by_{label}"] = {
-            name: float(loss[codes == code].sum() / tokens[codes == code].sum())
-            for code, name in enumerate(store.names[label])
-            if (codes == code).any()
+            names[code]: float(sums[code] / counts[code]) for code in np.flatnonzero(counts)
         }
     if keep_losses:
         result["samples"] = {
@@ -51,3 +59,37 @@ def evaluate_loss(
             "tokens": tokens.tolist(),
         }
     return result
+
+
+def few_labels(
+    kind: str,
+    names: list[str],
+    codes: npt.NDArray[np.integer[Any]],
+    weights: npt.NDArray[np.int64],
+    *,
+    say: bool,
+) -> tuple[list[str], npt.NDArray[np.integer[Any]]]:
+    """Names and (n,) codes into them as they are, or, of more than MOST_LABELS names that occur,
+    the heaviest ones and OTHERS; with `say` a warning tells so, once."""
+    total = np.bincount(codes, weights, len(names))
+    present = np.flatnonzero(total)
+    if len(present) <= MOST_LABELS:
+        return names, codes
+    if say:
+        _warn_once(kind, len(present))
+    kept = np.sort(present[np.argsort(-total[present], kind="stable")][:MOST_LABELS])
+    new = np.full(len(names), MOST_LABELS)
+    new[kept] = np.arange(MOST_LABELS)
+    return [*(names[code] for code in kept), OTHERS], new[codes]
+
+
+@functools.cache
+def _warn_once(kind: str, count: int) -> None:
+    logger.warning(
+        "rows name %d different values of %r: the %d largest are reported, the others together "
+        "as %r",
+        count,
+        kind,
+        MOST_LABELS,
+        OTHERS,
+    )

@@ -17,6 +17,7 @@ import yaml
 
 from slap_ds.config import Config
 from slap_ds.data.store import POSITION_BITS
+from slap_ds.evaluation.loss import few_labels
 from slap_ds.metrics import read_lines
 from slap_ds.run import Inputs, make_parts, read_inputs
 
@@ -181,7 +182,9 @@ def label_samples(inputs: Inputs) -> Labels:
     for kind, label in (("task", "task"), ("source", "source"), ("language", "lang")):
         names = store.names[label]
         if names != [""]:
-            kinds[kind] = [name or "(none)" for name in names], np.asarray(getattr(store, label))
+            ones, codes = np.ones(len(store), np.int64), getattr(store, label)
+            names, codes = few_labels(label, names, codes, ones, say=True)
+            kinds[kind] = [name or "(none)" for name in names], np.asarray(codes)
     # The scripts of all would take decoding all; a random part of many says enough.
     generator = np.random.Generator(np.random.Philox(key=[0, len(store)]))
     names = [*SCRIPTS, "other"]
@@ -201,11 +204,15 @@ def label_samples(inputs: Inputs) -> Labels:
 
 def _slices(kind: str, labels: Labels, drawn: Int64, kept: Int64) -> list[Slice]:
     names, codes = labels.kinds[kind]
-    found = [
-        Slice(kind, name, int(drawn[codes == code].sum()), int(kept[codes == code].sum()))
+    known = codes >= 0
+    drawn_of, kept_of = (
+        np.bincount(codes[known], counts[known], len(names)).astype(int) for counts in (drawn, kept)
+    )
+    return [
+        Slice(kind, name, int(drawn_of[code]), int(kept_of[code]))
         for code, name in enumerate(names)
+        if drawn_of[code]
     ]
-    return [each for each in found if each.drawn]
 
 
 def _most(inputs: Inputs, drawn: Int64, kept: Int64) -> list[tuple[int, int, str]]:

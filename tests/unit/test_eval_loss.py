@@ -1,5 +1,7 @@
 """Losses of samples and of turns equal a plain forward of the model, on any number of ranks."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from slap_ds.comm import Comm
 from slap_ds.engine import TorchEngine
+from slap_ds.evaluation import loss as loss_module
 from slap_ds.evaluation import pass_
 from slap_ds.evaluation.loss import evaluate_loss
 from slap_ds.evaluation.pass_ import score_pass, turn_pass
@@ -65,6 +68,37 @@ def test_turns_and_samples_equal_a_plain_forward(config, monkeypatch):
     assert result["eval_loss_by_task"]["qa"] == pytest.approx(
         sums[of_qa].sum() / store.trained_tokens[of_qa].sum(), rel=1e-5
     )
+
+
+def test_many_labels_are_reported_together(monkeypatch, caplog):
+    monkeypatch.setattr(loss_module, "MOST_LABELS", 2)
+    names, codes = [f"source {i}" for i in range(6)], np.array([5, 0, 3, 5, 3, 1], np.int32)
+    weights = np.array([1, 4, 3, 2, 3, 1])  # of source 3: 6, 0: 4, 5: 3, 1: 1
+    for _ in range(2):
+        found, new = loss_module.few_labels("source", names, codes, weights, say=True)
+    assert found == ["source 0", "source 3", "(others)"]
+    assert new.tolist() == [2, 0, 1, 2, 1, 2]
+    assert caplog.text.count("rows name 4 different values of 'source'") == 1
+    few = np.array([3, 3, 0, 0, 3, 3])
+    assert loss_module.few_labels("source", names, few, weights, say=True) == (names, few)
+
+
+def test_each_row_with_a_source_of_its_own(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_module, "MOST_LABELS", 3)
+    rows = [
+        {"prompt": f"{n} + 1 =", "completion": "one " * (n + 1), "source": f"page {n}"}
+        for n in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = config.data.model_copy(update={"eval": [str(tmp_path / "rows.jsonl")]})
+    inputs = read_inputs(config.model_copy(update={"data": data}))
+    engine = TorchEngine(config, inputs.model_config)
+    found = evaluate_loss(engine, Comm(), inputs.eval, step=0, row_tokens=384, keep_losses=True)
+    each, by_source = found["samples"], found["eval_loss_by_source"]
+    assert list(by_source) == ["page 5", "page 6", "page 7", "(others)"]
+    assert by_source["page 6"] == each["loss"][6] / each["tokens"][6]
+    assert by_source["(others)"] == pytest.approx(sum(each["loss"][:5]) / sum(each["tokens"][:5]))
+    assert len(found["eval_loss_by_task"]) == 1
 
 
 def on_a_rank(config):
