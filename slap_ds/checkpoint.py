@@ -31,6 +31,8 @@ from slap_ds.engine import Engine
 from slap_ds.tensor_files import FileFact, TensorWriter, file_fact, sync
 
 FOLDER = re.compile(r"step-(\d{6,12})")
+# Facts in which a run may differ from its checkpoint with checkpoint.reshard.
+RESHARDED = ("engine", "zero_stage")
 TAG = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -403,13 +405,34 @@ def check_matches(
             "another run_dir"
         )
     for name, value in facts.items():
-        if name == "engine" and reshard:
+        if (name in RESHARDED and reshard) or saved.get(name, value) == value:
             continue
-        if saved.get(name) != value:
-            raise ValueError(
-                f"{checkpoint.folder} was saved with {name} = {saved.get(name)}, this run has "
-                f"{value}: resume with what it was saved with, or start in another run_dir"
-            )
+        what = f"with {name} = {saved.get(name)}, this run has {value}"
+        if name == "data_fingerprint":  # two hashes tell nobody anything
+            what = "on other training data (data, template, tokenizer, max_tokens or their limits)"
+        raise ValueError(
+            f"{checkpoint.folder} was saved {what}: resume with what it was saved with, or start "
+            "in another run_dir"
+        )
+
+
+def changed_settings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """{dotted key: [in the checkpoint, now]} of what was set otherwise when it was saved.
+
+    Where a run lies, what it saves and how it evaluates are left out: they train nothing.
+    """
+    before, now = _flat(checkpoint.manifest.get("config") or config), _flat(config)
+    keys = [k for k in now if k.split(".")[0] not in ("run_dir", "checkpoint", "evaluation")]
+    return {k: [before[k], now[k]] for k in keys if k in before and before[k] != now[k]}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
 
 
 def _folders(run_dir: Path) -> list[Path]:

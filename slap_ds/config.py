@@ -61,7 +61,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.config is None):
-            raise ValueError("give exactly one of model.path and model.config")
+            raise ValueError(
+                "give exactly one of model.path and model.config, and null for the other"
+            )
         if self.path is None and self.tokenizer is None:
             raise ValueError("model.config needs model.tokenizer as well")
         if self.path is None and self.lora is not None:
@@ -395,7 +397,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
+            raise ValueError("give exactly one of steps and epochs, and null for the other")
         rows = {
             "batch.micro_batch_tokens": self.batch.micro_batch_tokens,
             "batch.score_micro_batch_tokens": self.score_row_tokens,

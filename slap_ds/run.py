@@ -30,6 +30,17 @@ from slap_ds.scoring import Scorer, ScoringPlan, Wants
 from slap_ds.selection import Course, Selector, make_selector
 from slap_ds.start import check_shared, first_on_each_node
 
+# What a checkpoint's weights and a model must have in common.
+_SHAPE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
 
 @dataclass
 class Inputs:
@@ -55,6 +66,7 @@ class Run:
     selector: Selector
     start_step: int = 0
     step: int = 0  # the one in progress
+    changed: dict[str, list[Any]] = field(default_factory=dict)  # since the checkpoint: [was, is]
     owes_evaluation: bool = False  # one was due when it was asked to stop
     skipped: int = 0  # steps in a row, up to now, whose loss or gradients were not finite
     totals: dict[str, float] = field(default_factory=dict)  # sums over all steps, kept on resume
@@ -116,11 +128,13 @@ def prepare(
     if newest is not None:
         facts, reshard = _facts(config, inputs), config.checkpoint.reshard
         checkpoints.check_matches(newest, comm.world, facts, reshard)
+    comm.heart.beat("building the engine")
     engine = make_engine(config, inputs.model_config, comm)
     run = Run(config, comm, inputs, engine, stream, scorer, selector)
     if run.reuses and selector.needs:
         check_boundaries(run)
     if newest is not None:
+        comm.heart.beat("loading the checkpoint")
         state = checkpoints.load(newest, engine, comm)
         run.start_step = newest.step
         stream.load_state_dict(state["stream"])
@@ -128,6 +142,7 @@ def prepare(
         selector.load_state_dict(state["selector"])
         run.totals = dict(state["totals"])
         run.owes_evaluation = bool(state.get("owes_evaluation"))
+        run.changed = checkpoints.changed_settings(newest, config.model_dump(mode="json"))
     check_isolation(engine, inputs.model_config, config.model.attention)
     comm.agree(run.start_step, "the checkpoint to resume from", str(run.start_step))
     if comm.rank == 0:
@@ -191,11 +206,16 @@ def _free_host_bytes() -> float:
     return float(sizes["MemAvailable"].split()[0]) * 1024
 
 
-def read_inputs(config: Config, progress: Callable[[int], None] | None = None) -> Inputs:
+def read_inputs(
+    config: Config,
+    progress: Callable[[int], None] | None = None,
+    write_rejects: bool = True,
+) -> Inputs:
     """Tokenizer, model config and token stores, checked against each other.
 
     Args:
         progress: called with the rows read so far, of one store after the other.
+        write_rejects: put lists of the rows that cannot be used into the run's folder.
     """
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
     model_config = load_config(config.model.path, config.model.config)
@@ -214,7 +234,7 @@ def read_inputs(config: Config, progress: Callable[[int], None] | None = None) -
             over_length=data.over_length,
             cache_dir=_cache_dir(config),
             max_reject_share=data.max_reject_share,
-            rejects_path=run_dir / rejects,
+            rejects_path=run_dir / rejects if write_rejects else None,
             progress=progress,
             limits=Limits(data.max_row_bytes, data.max_depth),
         )
@@ -254,7 +274,9 @@ def dry_run(config: Config) -> dict[str, Any]:
         ValueError, FileNotFoundError: what `prepare` would raise.
     """
     make_selector(config.selection.model_dump())
-    inputs = read_inputs(config)
+    # The folder of a run that has begun keeps the rejects of what it trains on.
+    begun = (Path(config.run_dir) / "metrics.jsonl").exists()
+    inputs = read_inputs(config, write_rejects=not begun)
     stream, _, selector = make_parts(config, inputs.train)
     text = inputs.model_config.get_text_config()
     if config.engine.kind == "deepspeed":
@@ -287,9 +309,16 @@ def budget_at(step: int, steps: int, candidates: int, config: Config, selector: 
 
 
 def _facts(config: Config, inputs: Inputs) -> dict[str, Any]:
-    lora = config.model.lora
+    lora, text = config.model.lora, inputs.model_config.get_text_config()
+    stage = None
+    if config.engine.kind == "deepspeed":
+        settings = resolve_deepspeed(config, 1, text.hidden_size)
+        stage = settings["zero_optimization"].get("stage", 0)
     return {
         "engine": config.engine.kind,
+        "zero_stage": stage,
+        "model": {name: getattr(text, name, None) for name in _SHAPE},
+        "model.dtype": config.model.dtype,
         "data_fingerprint": inputs.train.fingerprint,
         "seed": config.seed,
         "model.lora": None if lora is None else lora.model_dump(mode="json"),

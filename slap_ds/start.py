@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from slap_ds.comm import Comm
 from slap_ds.engine import RankError
+from slap_ds.mistakes import mistake
 
 T = TypeVar("T")
 
@@ -107,7 +108,7 @@ def first_on_each_node(comm: Comm, phase: str, work: Callable[[Callable[[int], N
                 break
         failed = states == _FAILED
         if isinstance(failure, (ValueError, OSError)) and comm.world > 1:
-            raise RankError(str(failure)) from failure
+            raise RankError(mistake(failure) or str(failure)) from failure
         if failure is not None:
             raise failure
         if failed.any():

@@ -31,6 +31,15 @@ def train(run: Run) -> None:
         by_sample = JsonLines(run.run_dir / "eval_samples.jsonl", run.start_step)
     quarantine = JsonLines(run.run_dir / "quarantine.jsonl", run.start_step) if writer else None
     progress = Progress(steps, run.start_step, visible=writer)
+    if metrics is not None and run.changed:
+        metrics.write({"event": "settings", "step": run.start_step - 1, "changed": run.changed})
+        for key, (was, now) in run.changed.items():
+            progress.note(f"goes on from step {run.start_step} with {key} {now}, was {was}")
+    if run.start_step >= steps:
+        progress.note(
+            f"{run.run_dir} has done {run.start_step} of {steps} steps, nothing is left to do: "
+            "raise steps or epochs, or choose another run_dir"
+        )
 
     def log_evaluation(step: int) -> None:
         result = _evaluate(run, step)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from slap_ds import __version__
 from slap_ds.cli import bench, cluster, evaluation, evidence, models, training
 from slap_ds.cli.common import fail
+from slap_ds.mistakes import mistake
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,11 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run: Callable[[argparse.Namespace, list[str]], None] = options.run
     try:
         run(options, rest)
-    except (ValueError, FileNotFoundError) as error:
-        fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted")
     except Exception as error:
+        if (text := mistake(error)) is not None:
+            fail(text)
         from slap_ds.comm import RankDisagreement
         from slap_ds.engine import RankError
         from slap_ds.start import OtherRankFailed

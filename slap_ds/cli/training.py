@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from slap_ds.cli.common import OVERRIDES, Commands
 from slap_ds.launch_env import discover
+from slap_ds.mistakes import mistake
 from slap_ds.peers import DONE, FAILED, LOST_PEER, NO_MEMORY, PREEMPTED, USER_ERROR
 from slap_ds.watchdog import Watchdog, out_of_memory, watch
 
@@ -79,11 +80,13 @@ def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
         dog.end(LOST_PEER, str(error))
     if isinstance(error, PortTaken):
         dog.end(LOST_PEER, str(error), dog.line(str(error)))
-    if isinstance(error, (ValueError, FileNotFoundError, RankError)):
-        dog.record(USER_ERROR, str(error))
+    mine = str(error) if isinstance(error, RankError) else mistake(error)
+    # Later on a path that worked before is a fault of the machine's.
+    if mine is not None and (dog.heart.step < 0 or not isinstance(error, OSError)):
+        dog.record(USER_ERROR, mine)
         if alone or dog.heart.step < 0:
             raise error
-        dog.end(USER_ERROR, str(error), dog.line(str(error)))
+        dog.end(USER_ERROR, mine, dog.line(mine))
     if (blame := comm.blame(error)) is not None:
         dog.end(LOST_PEER, blame, dog.line(blame))
     traceback.print_exception(error)

@@ -29,7 +29,16 @@ BETWEEN = {
     "supervise": 6.5,
     "faults": 7.5,
 }
-LEAVES = {"builds", "config", "interfaces", "launch_env", "peers", "strict_json", "__init__"}
+LEAVES = {
+    "__init__",
+    "builds",
+    "config",
+    "interfaces",
+    "launch_env",
+    "mistakes",
+    "peers",
+    "strict_json",
+}
 
 
 def imports(path):
