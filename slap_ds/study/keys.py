@@ -17,6 +17,14 @@ from slap_ds.data.sources import Source, find_sources
 
 # Above it a file counts by size and time: hashing a large model would take minutes at every start.
 LARGE_BYTES = 2**26
+# Settings that name what is read; what lies there takes their place.
+PLACES: dict[str, Any] = {
+    "run_dir": True,
+    "model": {"path", "tokenizer"},
+    "data": {"train", "eval", "cache_dir"},
+    "selection": {"validation", "reference_losses"},
+    "engine": {"deepspeed"},
+}
 
 
 class Keys:
@@ -36,13 +44,9 @@ class Keys:
             ValueError, FileNotFoundError: its data cannot be found.
         """
         # Without defaults, so that a new setting does not make finished cells look unfinished.
-        settings = config.model_dump(mode="json", exclude={"run_dir"}, exclude_defaults=True)
-        settings["model"].pop("path", None)
-        settings["data"].pop("cache_dir", None)
+        settings = config.model_dump(mode="json", exclude=PLACES, exclude_defaults=True)
         data = [config.data.train, config.data.eval, config.selection.validation]
         named = [config.model.tokenizer, config.engine.deepspeed, config.selection.reference_losses]
-        for name in ("train", "eval"):
-            settings["data"].pop(name, None)
         facts = [settings, base, [self._data(tuple(paths)) for paths in data]]
         text = json.dumps([*facts, [self.of_path(path) for path in named]], sort_keys=True)
         text = text.replace(str(Path(config.run_dir).parents[1]), "{study}")

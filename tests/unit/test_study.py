@@ -205,7 +205,7 @@ def test_keys_follow_what_files_hold(tmp_path, monkeypatch):
     def key(folder):
         config = tiny_config(
             "x",
-            folder / "cells" / "one",
+            folder / "study" / "cells" / "one",
             model={"tokenizer": str(folder / "tokenizer.json")},
             data={"train": [str(folder / "rows.jsonl")], "eval": [str(folder / "eval.jsonl")]},
             selection={
