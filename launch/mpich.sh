@@ -20,18 +20,21 @@ read -r first ranks <<<"$found"
 export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
 
 # hydra writes `gpu1:8` where deepspeed and OpenMPI write `gpu1 slots=8`.
+# The file is open and has no name any more, so whatever ends the job leaves nothing behind.
 machines=$(mktemp)
-trap 'rm -f "$machines"' EXIT
-sed -nE 's/^([^#[:space:]]+)[[:space:]]+slots=([0-9]+).*/\1:\2/p' "$HOSTFILE" >"$machines"
-options=(-n "$ranks" -f "$machines")
+exec 3<>"$machines"
+rm "$machines"
+sed -nE 's/^([^#[:space:]]+)[[:space:]]+slots=([0-9]+).*/\1:\2/p' "$HOSTFILE" >&3
+options=(-n "$ranks" -f /proc/self/fd/3)
 if [ -n "$IFNAME" ]; then
   export NCCL_SOCKET_IFNAME=$IFNAME GLOO_SOCKET_IFNAME=$IFNAME
   options+=(-iface "$IFNAME")
 fi
 for name in MASTER_ADDR MASTER_PORT PATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCELERATOR \
-  TORCH_EXTENSIONS_DIR SLAP_CACHE_DIR HF_HOME HF_HUB_OFFLINE PYTHONWARNINGS \
+  TORCH_EXTENSIONS_DIR SLAP_ATTEMPT SLAP_CACHE_DIR HF_HOME HF_HUB_OFFLINE PYTHONWARNINGS \
   "${!NCCL_@}" "${!GLOO_@}" $PASS; do
   if [ -n "${!name:-}" ]; then options+=(-genv "$name" "${!name}"); fi
 done
 
-"$MPIEXEC" "${options[@]}" "$(command -v python)" -u -m slap_ds train "$@"
+exec python -m slap_ds.pass_on USR1 "$MPIEXEC" "${options[@]}" \
+  "$(command -v python)" -u -m slap_ds train "$@"

@@ -22,16 +22,21 @@ read -r first ranks <<<"$found"
 echo "$ranks ranks, rank 0 on $first" >&2
 if [ -n "$IFNAME" ]; then export NCCL_SOCKET_IFNAME=$IFNAME GLOO_SOCKET_IFNAME=$IFNAME; fi
 
-# pdsh starts a bare shell on every host; deepspeed sets there what this file names.
-DS_ENV_FILE=$(mktemp)
-export DS_ENV_FILE
-trap 'rm -f "$DS_ENV_FILE"' EXIT
+# pdsh starts a bare shell on every host; deepspeed sets there what this file names. It is open and
+# has no name any more, so whatever ends the job leaves nothing behind.
+file=$(mktemp)
+exec 3<>"$file"
+rm "$file"
+export DS_ENV_FILE=/proc/self/fd/3
 for name in PATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCELERATOR TORCH_EXTENSIONS_DIR \
-  SLAP_CACHE_DIR HF_HOME HF_HUB_OFFLINE "${!NCCL_@}" "${!GLOO_@}" $PASS; do
-  if [ -n "${!name:-}" ]; then printf '%s=%q\n' "$name" "${!name}" >>"$DS_ENV_FILE"; fi
+  SLAP_ATTEMPT SLAP_CACHE_DIR HF_HOME HF_HUB_OFFLINE "${!NCCL_@}" "${!GLOO_@}" $PASS; do
+  # deepspeed puts double quotes around what is not plain, and escapes nothing.
+  # shellcheck disable=SC2001  # & means something else in bash from 5.2 on
+  if [ -n "${!name:-}" ]; then sed 's/["\\$`]/\\&/g' <<<"$name=${!name}" >&3; fi
 done
 export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=$((SSH_LOST_S / 3)) -o ServerAliveCountMax=2"
 
-deepspeed --quiet --force_multi --hostfile "$HOSTFILE" --launcher pdsh \
+exec python -m slap_ds.pass_on TERM \
+  deepspeed --quiet --force_multi --hostfile "$HOSTFILE" --launcher pdsh \
   --master_addr "${MASTER_ADDR:-$first}" --master_port "$MASTER_PORT" \
   --module slap_ds train "$@"

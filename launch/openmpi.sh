@@ -28,10 +28,11 @@ fi
 # Root is usual inside containers, and mpirun refuses it unless told.
 if [ "$(id -u)" = 0 ]; then options+=(--allow-run-as-root); fi
 for name in MASTER_ADDR MASTER_PORT PATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCELERATOR \
-  TORCH_EXTENSIONS_DIR SLAP_CACHE_DIR HF_HOME HF_HUB_OFFLINE PYTHONWARNINGS \
+  TORCH_EXTENSIONS_DIR SLAP_ATTEMPT SLAP_CACHE_DIR HF_HOME HF_HUB_OFFLINE PYTHONWARNINGS \
   "${!NCCL_@}" "${!GLOO_@}" $PASS; do
   if [ -n "${!name:-}" ]; then options+=(-x "$name"); fi
 done
 
 # shellcheck disable=SC2086  # MPIRUN_ARGS is a list of words
-exec mpirun "${options[@]}" $MPIRUN_ARGS "$(command -v python)" -u -m slap_ds train "$@"
+exec python -m slap_ds.pass_on USR1 mpirun "${options[@]}" $MPIRUN_ARGS \
+  "$(command -v python)" -u -m slap_ds train "$@"

@@ -3,12 +3,14 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from slap_ds.launch_env import read_hostfile
 
@@ -21,14 +23,14 @@ FAKE = """#!/usr/bin/env bash
 printf '%s\\n' "${0##*/}" "$@"
 echo "--"
 if [ -n "${DS_ENV_FILE:-}" ]; then cat "$DS_ENV_FILE"; fi
-env | grep -E '^(MASTER_|GLOO_|NCCL_)' || true
+env | grep -E '^(MASTER_|GLOO_|NCCL_|PET_)' || true
 if [ -n "${2:-}" ] && [ "${0##*/}" = srun ] && [ "$3" = bash ]; then exec "${@:3}"; fi
 """
 
 
 @pytest.fixture
-def launch(tmp_path):
-    """Run a script with fake launchers; returns what they were called with, and the exit code."""
+def start(tmp_path):
+    """Start a script with fake launchers."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("deepspeed", "torchrun", "mpirun", "mpiexec", "srun"):
@@ -39,20 +41,33 @@ def launch(tmp_path):
     scontrol.chmod(0o755)
     (tmp_path / "hosts").write_text("# two nodes\ngpu1 slots=2\n\ngpu2 slots=3  # a bigger one\n")
 
-    def run(script, arguments=ARGUMENTS, **variables):
+    def run(script, arguments=ARGUMENTS, stdout=None, stderr=None, **variables):
         environ = {
             "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(LAUNCH.parent),
             **variables,
         }
-        return subprocess.run(
+        return subprocess.Popen(
             [LAUNCH / script, *arguments],
             cwd=tmp_path,
             env=environ,
             text=True,
-            capture_output=True,
-            timeout=60,
+            stdout=stdout,
+            stderr=stderr,
         )
+
+    return run
+
+
+@pytest.fixture
+def launch(start):
+    """Run a script to its end; returns what the launchers were called with, and the exit code."""
+
+    def run(script, arguments=ARGUMENTS, **variables):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with start(script, arguments, **pipes, **variables) as job:
+            out, err = job.communicate(timeout=60)
+        return subprocess.CompletedProcess(job.args, job.returncode, out, err)
 
     return run
 
@@ -113,12 +128,84 @@ def test_mpich_gets_its_own_kind_of_host_file(launch, tmp_path):
 
 
 def test_pdsh_hosts_get_the_variables_and_nothing_is_left_behind(launch, tmp_path):
-    done = launch("multi_node.sh", IFNAME="eth0", PASS="MINE", MINE="a b", TMPDIR=str(tmp_path))
+    values = {"MINE": """a b$c"d'e`f\\g""", "NCCL_IB_HCA": "mlx5_0,mlx5_1"}
+    done = launch("multi_node.sh", IFNAME="eth0", PASS="MINE", TMPDIR=str(tmp_path), **values)
     assert "GLOO_SOCKET_IFNAME=eth0\n" in done.stdout
     assert "NCCL_SOCKET_IFNAME=eth0\n" in done.stdout
-    assert "MINE=a\\ b\n" in done.stdout
+    exported = Runner()
+    for line in done.stdout.split("--\n")[1].splitlines(keepends=True):
+        exported.add_export(*line.split("=", maxsplit=1))
+    for name, value in values.items():
+        shell = f'export {name}={exported.exports[name]}; printf %s "${name}"'
+        assert subprocess.check_output(["bash", "-c", shell], text=True) == value
     assert "5 ranks, rank 0 on gpu1" in done.stderr
     assert not list(tmp_path.glob("tmp.*"))
+
+
+class Runner(PDSHRunner):
+    """What deepspeed makes of the lines of DS_ENV_FILE."""
+
+    def __init__(self):
+        self.exports = {}
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("multi_node.sh", "SLAP_ATTEMPT=2\n"),
+        ("openmpi.sh", "-x\nSLAP_ATTEMPT\n"),
+        ("mpich.sh", "-genv\nSLAP_ATTEMPT\n2\n"),
+    ],
+)
+def test_every_host_learns_the_number_of_the_attempt(launch, script, expected):
+    assert expected in launch(script, SLAP_ATTEMPT="2").stdout
+
+
+# Says which signal it gets, and ends with the second.
+LISTENER = """#!/bin/bash
+trap 'echo USR1; [ -z "${one:-}" ] || exit 75; one=1' USR1
+trap 'echo TERM; [ -z "${one:-}" ] || exit 75; one=1' TERM
+echo up
+while true; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("script", "launcher", "passed"),
+    [
+        ("multi_node.sh", "deepspeed", "TERM"),
+        ("openmpi.sh", "mpirun", "USR1"),
+        ("mpich.sh", "mpiexec", "USR1"),
+    ],
+)
+def test_a_launcher_is_asked_to_stop_by_the_signal_that_it_passes_on(
+    start, tmp_path, script, launcher, passed, number
+):
+    (tmp_path / "bin" / launcher).write_text(LISTENER)
+    with start(script, stdout=subprocess.PIPE) as job:
+        assert job.stdout.readline() == "up\n"
+        job.send_signal(number)
+        assert job.stdout.readline() == f"{passed}\n"
+        job.send_signal(number)
+        assert job.stdout.readline() == "TERM\n"
+        assert job.wait(10) == 75
+
+
+def test_a_launcher_ends_with_its_script(start, tmp_path):
+    (tmp_path / "bin" / "mpirun").write_text(LISTENER)
+    with start("openmpi.sh", stdout=subprocess.PIPE) as job:
+        assert job.stdout.readline() == "up\n"
+        job.kill()
+        assert job.stdout.readline() == "TERM\n"
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])
+def test_torchrun_passes_on_usr1_and_waits_for_the_checkpoint(launch, script):
+    told = launch(script, **SLURM).stdout
+    assert "PET_SHUTDOWN_TIMEOUT=600\n" in told
+    assert "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1\n" in told
+    assert "PET_SHUTDOWN_TIMEOUT=9\n" in launch(script, PET_SHUTDOWN_TIMEOUT="9", **SLURM).stdout
 
 
 @pytest.mark.fault_row(18)
@@ -191,6 +278,26 @@ def test_manifests_start_the_same_command(path):
     for command in commands:
         assert command in (["torchrun", "-m", "slap_ds", "train"], ["launch/openmpi.sh"])
         assert (LAUNCH.parent / command[0]).is_file() or command[0] == "torchrun"
+
+
+@pytest.mark.parametrize("name", ["trainjob", "pytorchjob"])
+def test_pods_may_take_longer_to_save_than_torchrun_gives_them(name):
+    text = (LAUNCH / f"kubernetes/{name}.yaml").read_text(encoding="utf-8")
+    pods = list(_pods(list(yaml.safe_load_all(text))))
+    assert pods
+    for pod in pods:
+        variables = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+        assert 120 < int(variables["PET_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+
+
+def _pods(part):
+    if isinstance(part, dict):
+        if "containers" in part:
+            yield part
+        part = list(part.values())
+    if isinstance(part, list):
+        for each in part:
+            yield from _pods(each)
 
 
 def _commands(part):
