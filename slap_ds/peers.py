@@ -12,9 +12,11 @@ questions grows with hosts, not with ranks.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import math
+import os
 import socket
 import threading
 import time
@@ -32,6 +34,7 @@ Exchange = Callable[[Sequence[int]], npt.NDArray[np.int64]]
 # How long a failed rank goes on answering, so that the others do not take it for the cause.
 GRACE_S = 1.5
 _ASK_S = 1.0
+REQUEST = "request.json"  # beside the heartbeats
 _NOWHERE = "0.0.0.0"  # no IPv4 between the nodes
 # How often the watchdog's thread wakes, seconds.
 TICK_S = 0.25
@@ -184,12 +187,33 @@ class Peers:
 
 def read_heartbeat(folder: Path, rank: int) -> dict[str, Any] | None:
     """What `watchdog` wrote for a rank; None: nothing."""
+    return _read(folder / f"rank-{rank}.json")
+
+
+def read_request(folder: Path) -> dict[str, Any] | None:
+    """What `supervise` asks of the ranks: "stop" or "end" an attempt, or ""; None: nothing."""
+    return _read(folder / REQUEST)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        text = (folder / f"rank-{rank}.json").read_text(encoding="utf-8")
-        facts: dict[str, Any] = json.loads(text)
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return facts
+
+
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    """Whole or not at all; not at all where the disk is full, which must end no run."""
+    temporary = path.with_name(f".{path.stem}")
+    with contextlib.suppress(OSError):
+        temporary.write_text(json.dumps(facts), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def heartbeat_s(world: int) -> float:
+    """Seconds between two heartbeats of a rank: a shared file system has other things to do."""
+    return max(1.0, world / 64)
 
 
 def last_words(folder: Path | None, rank: int) -> str:

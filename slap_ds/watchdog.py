@@ -3,6 +3,7 @@
     with watch(run_dir, rank, world, ...) as heart:    heart.beat("phase", step) wherever it gets on
 
 run_dir/heartbeat/rank-N.json   step, phase, time, pid, host; at the end the exit code and the cause
+run_dir/heartbeat/request.json  what `slap-ds launch` asks of the ranks, on whatever host
 
 - Neither a beat nor a piece of work for the limit: one line names rank, step, phase and who holds
   it up, and the process ends.
@@ -17,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import json
 import math
 import os
 import re
@@ -34,7 +34,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from slap_ds.peers import FAILED, GRACE_S, LOST_PEER, PREEMPTED, TICK_S, Heart, Peers
+from slap_ds.peers import (
+    FAILED,
+    GRACE_S,
+    LOST_PEER,
+    PREEMPTED,
+    TICK_S,
+    Heart,
+    Peers,
+    heartbeat_s,
+    read_request,
+    write_json,
+)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
@@ -51,6 +62,8 @@ class Watchdog:
     heart: Heart = field(default_factory=Heart)
     peers: Peers | None = None  # once the ranks know each other
     stop_cause: str = ""
+    attempt: str = field(default_factory=lambda: os.environ.get("SLAP_ATTEMPT", ""))
+    _supervised: bool = False  # a supervisor has named this attempt
     _still_s: float = 0.0
     _stop_at: float | None = None
     _parents: tuple[int, int] = (0, 0)
@@ -69,7 +82,7 @@ class Watchdog:
         facts = {
             "rank": self.rank,
             "world": self.world,
-            "attempt": os.environ.get("SLAP_ATTEMPT", ""),
+            "attempt": self.attempt,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "step": heart.step,
@@ -80,12 +93,7 @@ class Watchdog:
             "exit": code,
             "cause": cause,
         }
-        path = self.folder / f"rank-{self.rank}.json"
-        temporary = self.folder / f".rank-{self.rank}"
-        # A full disk must not end a run that could go on.
-        with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(facts), encoding="utf-8")
-            os.replace(temporary, path)
+        write_json(self.folder / f"rank-{self.rank}.json", facts)
 
     def end(self, code: int, cause: str, say: str = "", answered_s: float = 0.0) -> NoReturn:
         """Leave from whatever thread, without what waits for other ranks at a normal exit.
@@ -112,7 +120,7 @@ class Watchdog:
         """The thread."""
         written, seen = 0.0, (-1, -1)
         self.heart.woken = time.monotonic()
-        every_s = max(1.0, self.world / 64)  # a shared file system has other things to do
+        every_s = heartbeat_s(self.world)
         while not self._ended:
             ready, _, _ = select.select([signals], [], [], TICK_S)
             slept, now = self.heart.wake(), self.heart.woken
@@ -134,6 +142,7 @@ class Watchdog:
             if now - written > every_s:
                 written = now
                 self.record()
+                self._obey()
                 # Against code that never lets a thread run: a timer that needs no interpreter.
                 if self.heart.limit_s < math.inf:
                     faulthandler.dump_traceback_later(self.heart.limit_s + 30, exit=True)
@@ -149,6 +158,19 @@ class Watchdog:
             if number in STOP_SIGNALS:
                 name = signal.Signals(number).name
                 self._stop("the launcher has gone" if self._is_orphan() else name)
+
+    def _obey(self) -> None:
+        """Do what the supervisor asks of this attempt; the number of another: this one is over."""
+        request = read_request(self.folder) if self.attempt else None
+        if request is None:
+            return
+        mine = request["attempt"] == self.attempt
+        self._supervised |= mine
+        if mine and request["ask"] == "stop":
+            self._stop("asked by slap-ds launch")
+        elif self._supervised and (not mine or request["ask"] == "end"):
+            time.sleep(GRACE_S)  # as in `end`, but the next attempt starts after the last words
+            self.end(LOST_PEER, "slap-ds launch has ended this attempt", answered_s=GRACE_S)
 
     def _is_orphan(self) -> bool:
         parent, grandparent = self._parents

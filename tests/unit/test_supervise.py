@@ -1,6 +1,7 @@
 """The supervisor believes the ranks' files, not the launcher; the launchers here are scripts."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,16 +10,19 @@ import time
 import psutil
 import pytest
 
+from slap_ds import supervise
+from slap_ds.peers import read_heartbeat
+
 # Writes what ranks would have written, then does `then`.
 FAKE = """
-import json, os, signal, subprocess, sys, time
+import json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 folder = Path({folder!r}) / "heartbeat"
 folder.mkdir(parents=True, exist_ok=True)
 attempt = int(os.environ["SLAP_ATTEMPT"])
 for rank, (code, step, cause) in enumerate({ranks}):
     facts = dict(rank=rank, world=2, exit=code, step=step, cause=cause, time=time.time())
-    facts |= dict(pieces=0, host="elsewhere", pid=0, attempt=str(attempt))
+    facts |= dict(pieces=0, host=socket.gethostname(), pid=0, attempt=str(attempt))
     (folder / f"rank-{{rank}}.json").write_text(json.dumps(facts))
 with open(folder / "attempts", "a") as file:
     file.write(os.environ["MASTER_PORT"] + "\\n")
@@ -149,6 +153,118 @@ sys.exit(75)"""
     process.terminate()
     process.communicate(timeout=20)
     assert process.returncode == 75
+
+
+FAR = """
+import socket, sys, time
+from pathlib import Path
+socket.gethostname = lambda: "elsewhere"
+from slap_ds.watchdog import watch
+with watch(Path(sys.argv[1]), 1, 1, 9.0) as dog:
+    dog.heart.beat("training a row", 3)
+    while not dog.heart.stop:
+        time.sleep(0.02)
+    dog.record(75, dog.stop_cause)
+"""
+
+
+@pytest.fixture
+def far(tmp_path):
+    """`far(attempt)`: rank 1 on another machine: not a process that the supervisor could kill."""
+    started = []
+
+    def start(attempt):
+        environ = {**os.environ, "SLAP_ATTEMPT": attempt}
+        started.append(subprocess.Popen([sys.executable, "-c", FAR, str(tmp_path)], env=environ))
+        (tmp_path / "heartbeat").mkdir(exist_ok=True)
+        (tmp_path / "heartbeat/far-pid").write_text(str(started[-1].pid))
+        deadline = time.monotonic() + 20
+        while (read_heartbeat(tmp_path / "heartbeat", 1) or {}).get("step") != 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+# What has become of the far rank when the launcher starts.
+HOW_IS_FAR = """
+import psutil
+if (folder / "far-pid").exists():
+    state = psutil.Process(int((folder / "far-pid").read_text())).status()
+    (folder / "far-state").write_text(state)
+"""
+
+
+def test_ranks_on_other_machines_are_asked_to_save(launch, far, tmp_path):
+    rest = """signal.signal(15, lambda *_: sys.exit(143))
+print("up", file=sys.stderr, flush=True)
+while json.loads((folder / "rank-1.json").read_text())["exit"] is None:
+    time.sleep(0.05)
+(folder / "rank-0.json").write_text(json.dumps({**facts, "rank": 0, "exit": 75}))
+sys.exit(1)"""
+    ranks = "[(None, 4, ''), (None, -1, '')]"
+    process = launch(ranks, rest, "--grace-s", "20", wait=False)
+    assert process.stderr.readline() == "up\n"
+    far("1")
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert read_heartbeat(tmp_path / "heartbeat", 1)["cause"] == "asked by slap-ds launch"
+
+
+def test_no_attempt_starts_before_the_ranks_of_the_last_have_ended(launch, far, tmp_path):
+    """The launcher and rank 0 fail; rank 1 trains on, on another machine."""
+    rest = f"""{HOW_IS_FAR}
+if attempt == 1:
+    print("up", file=sys.stderr, flush=True)
+    while not (folder / "far-pid").exists():
+        time.sleep(0.05)
+    time.sleep(2)
+    sys.exit(3)"""
+    ranks = "[(70, 4, 'x'), (None, 4, '')] if attempt == 1 else [(0, 9, ''), (0, 9, '')]"
+    process = launch(ranks, rest, wait=False)
+    assert process.stderr.readline() == "up\n"
+    rank = far("1")
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 0
+    assert (tmp_path / "heartbeat/far-state").read_text() == "zombie"
+    assert rank.wait(0) == 69
+    assert "attempt 1 ended with 70 at step 4: rank 0: x" in said
+
+
+def test_what_a_killed_supervisor_has_left_elsewhere_is_ended_first(launch, far, tmp_path):
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat/request.json").write_text('{"attempt": "1", "ask": ""}')
+    rank = far("1")
+    code, _, _ = launch("[(0, 9, ''), (0, 9, '')]", HOW_IS_FAR)
+    assert code == 0
+    assert (tmp_path / "heartbeat/far-state").read_text() == "zombie"
+    assert rank.wait(0) == 69
+
+
+def test_another_run_in_the_same_folder_is_refused(launch, far):
+    rank = far("")
+    code, said, ports = launch("[(0, 9, ''), (0, 9, '')]", "", "--grace-s", "3")
+    assert (code, ports) == (1, [])
+    assert "rank 1 on elsewhere of another run still writes to" in said
+    assert rank.poll() is None
+
+
+def test_a_file_that_no_longer_changes_is_of_no_running_rank(tmp_path, monkeypatch):
+    """Whatever the clock of the other host says."""
+    monkeypatch.setattr(supervise, "_STALE_S", 0.5)
+    monkeypatch.setattr(supervise, "heartbeat_s", lambda world: 0.1)
+    job = supervise._Job([], tmp_path, supervise.Options())
+    facts = {"rank": 1, "world": 2, "host": "elsewhere", "pid": 1, "exit": None, "time": 1e12}
+    assert job._running([facts]) == [facts]
+    time.sleep(0.6)
+    assert job._running([facts]) == []
+    assert job._running([{**facts, "time": 5.0}]) != []
+    assert job._running([{**facts, "time": 6.0, "exit": 70}]) == []
 
 
 def test_a_killed_supervisor_takes_its_launcher_along(launch, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from slap_ds import builds, tensor_files
+from slap_ds import builds, tensor_files, watchdog
 from slap_ds.checkpoint import Saver, newest
 from slap_ds.comm import Comm
 from slap_ds.peers import read_heartbeat
@@ -179,6 +179,33 @@ def test_a_lock_under_which_somebody_builds_is_waited_for(tmp_path):
     lock.touch()
     with pytest.raises(ValueError, match=r"deepspeed_cpu_adam/lock is \d+ s old and no process"):
         builds.refuse_stale_locks({"TORCH_EXTENSIONS_DIR": str(tmp_path)}, patience_s=0.5)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "requests", "expected"),
+    [
+        ("2", [("2", ""), ("2", "stop")], ["stop"]),
+        ("2", [("2", ""), ("2", "end")], [69]),
+        ("2", [("2", "")], []),
+        ("2", [("2", ""), ("3", "")], [69]),
+        ("2", [("2", ""), ("0", "end")], [69]),
+        # What an earlier attempt was asked, before this one's request is seen.
+        ("2", [("1", "stop"), ("1", "end"), ("2", "")], []),
+        # Nobody supervises it.
+        ("", [("", "stop"), ("", "end"), ("1", "end")], []),
+    ],
+)
+def test_what_the_supervisor_asks(tmp_path, monkeypatch, attempt, requests, expected):
+    done = []
+    monkeypatch.setattr(Watchdog, "end", lambda dog, code, *said, **how: done.append(code))
+    monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
+    monkeypatch.setattr(Watchdog, "_stop", lambda dog, cause: done.append("stop"))
+    dog = Watchdog(tmp_path, 0, 2, 9.0, attempt=attempt)
+    dog._obey()
+    for number, ask in requests:
+        (tmp_path / "request.json").write_text(json.dumps({"attempt": number, "ask": ask}))
+        dog._obey()
+    assert done == expected
 
 
 def test_half_a_heartbeat_is_none(tmp_path):
