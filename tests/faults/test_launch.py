@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -137,6 +138,26 @@ def test_a_supervised_run_asked_to_stop(tmp_path, measured):
     measured("SIGTERM to slap-ds launch: saved, all gone", took_s, 20)
     steps = len([r for r in read_lines(tmp_path / "run/metrics.jsonl") if r["event"] == "train"])
     finish_undisturbed(config, tmp_path, steps)
+
+
+@pytest.mark.fault_row(13)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_asked_to_stop(tmp_path, measured, number):
+    """It ends after its ranks, and not of the signal itself."""
+    config = write_config(tmp_path, "run", **LONG)
+    script = Path(__file__).parents[2] / "launch/torchrun.sh"
+    environ = {"GPUS": "2", "MASTER_PORT": str(free_port())}
+    with Launched(tmp_path, [str(script), str(config)], **environ) as job:
+        job.until(lambda: at_step(tmp_path / "run", 2))
+        job.process.send_signal(number)
+        start = time.monotonic()
+        assert job.process.wait(60) == 1, job.said()
+        assert not left_over(str(config))
+        took_s = time.monotonic() - start
+    measured(f"{number.name} to torchrun: saved, all gone", took_s, 20)
+    found = heartbeats(tmp_path / "run")
+    assert [facts["exit"] for facts in found] == [75, 75], job.said()
+    assert number.name in {facts["cause"] for facts in found}
 
 
 @pytest.mark.fault_row(14)

@@ -91,14 +91,18 @@ class Node:
 
     def processes(self, word: str) -> list[str]:
         """Command lines of this node's processes that contain `word`."""
+        return list(self.pids(word).values())
+
+    def pids(self, word: str) -> dict[int, str]:
+        """The same by process, as seen from outside the node."""
         assert self.pid
         mine = os.readlink(f"/proc/{self.pid}/ns/pid")
-        found = []
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if os.readlink(folder / "ns/pid") == mine:
                     line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    found += [line] if word in line else []
+                    found |= {int(folder.name): line} if word in line else {}
             except OSError:  # it has just ended
                 continue
         return found

@@ -3,6 +3,7 @@
 Most tests use the first two.
 """
 
+import json
 import os
 import random
 import subprocess
@@ -55,8 +56,19 @@ class Lab:
             **variables,
         }
 
-    def start(self, node, script, config, log, **variables):
+    def start(self, node, script, config, log, supervised=False, **variables):
         command = [str(REPO / "launch" / script), config]
+        if supervised:
+            command = [
+                sys.executable,
+                "-m",
+                "slap_ds",
+                "launch",
+                "--backoff-s",
+                "1",
+                "--",
+                *command,
+            ]
         environ = self.environ(**variables)
         return self.cluster.nodes[node].start(command, environ, REPO, self.folder / log)
 
@@ -80,6 +92,27 @@ class Lab:
             for job in jobs:
                 if job.poll() is None:
                     job.kill()
+
+    def until_step(self, name, steps, jobs):
+        """Wait until a run has written so many lines of metrics."""
+        metrics = self.folder / name / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not metrics.exists() or len(read_lines(metrics)) < steps:
+            assert all(job.poll() is None for job in jobs), self.logs()
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.1)
+
+    def until_gone(self, timeout_s=60):
+        """Wait until nothing of a run is left on any node."""
+        deadline = time.monotonic() + timeout_s
+        while left := [line for node in self.cluster.nodes for line in node.processes("slap_ds")]:
+            assert time.monotonic() < deadline, f"processes are left: {left}"
+            time.sleep(0.05)
+
+    def heartbeats(self, name):
+        """What the ranks of a run have written last, by rank."""
+        found = sorted((self.folder / name / "heartbeat").glob("rank-*.json"))
+        return [json.loads(path.read_text()) for path in found]
 
     def result(self, name):
         """Every number that must not depend on the launcher: losses, picks, evaluations."""

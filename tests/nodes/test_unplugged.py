@@ -4,8 +4,6 @@ import time
 
 import pytest
 
-from slap_ds.metrics import read_lines
-
 pytestmark = [pytest.mark.nodes, pytest.mark.fault_row(4), pytest.mark.timeout(150)]
 TIMEOUT_S = 10
 ENDLESS = {"steps": 100_000, "engine": {"timeout_s": TIMEOUT_S}}
@@ -13,20 +11,13 @@ ENDLESS = {"steps": 100_000, "engine": {"timeout_s": TIMEOUT_S}}
 
 def cut_while_training(lab, name, jobs):
     """Cut node2 off during the run; seconds until nothing of the run is left on either node."""
-    metrics = lab.folder / name / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not metrics.exists() or len(read_lines(metrics)) < 4:
-        assert all(job.poll() is None for job in jobs), lab.logs()
-        assert time.monotonic() < deadline, lab.logs()
-        time.sleep(0.1)
+    lab.until_step(name, 4, jobs)
     far = lab.cluster.nodes[1]
     start = time.monotonic()
     far.cut()
     try:
         codes = lab.wait(jobs, timeout_s=60)
-        while any(node.processes("slap_ds") for node in lab.cluster.nodes):
-            assert time.monotonic() - start < 60, "processes are left"
-            time.sleep(0.05)
+        lab.until_gone()
         took_s = time.monotonic() - start
     finally:
         far.plug()
