@@ -47,7 +47,9 @@ from slap_ds.peers import (
     write_json,
 )
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Launchers pass Ctrl-C on to ranks that the terminal has told already.
+_ECHO_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -66,6 +68,7 @@ class Watchdog:
     _supervised: bool = False  # a supervisor has named this attempt
     _still_s: float = 0.0
     _stop_at: float | None = None
+    _asked_at: float = 0.0
     _parents: tuple[int, int] = (0, 0)
     _ended: bool = False
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -157,7 +160,18 @@ class Watchdog:
         for number in numbers:
             if number in STOP_SIGNALS:
                 name = signal.Signals(number).name
+                if number == signal.SIGINT:
+                    self._interrupted()
                 self._stop("the launcher has gone" if self._is_orphan() else name)
+
+    def _interrupted(self) -> None:
+        """Ctrl-C is a request like the others, and once more it ends at once."""
+        if self._stop_at is None:
+            if self.rank == 0 and self.heart.step >= 0:
+                print(self.line("saving, then leaving; Ctrl-C again: at once", "stopping"))
+        elif time.monotonic() > self._asked_at + _ECHO_S:
+            why = "interrupted twice"
+            self.end(FAILED, why, self.line(f"{why}: not saved"))
 
     def _obey(self) -> None:
         """Do what the supervisor asks of this attempt; the number of another: this one is over."""
@@ -182,7 +196,8 @@ class Watchdog:
         if self._stop_at is not None:
             return
         self.stop_cause = cause
-        self._stop_at = time.monotonic() + self.stop_timeout_s
+        self._asked_at = time.monotonic()
+        self._stop_at = self._asked_at + self.stop_timeout_s
         if self.heart.step < 0:
             self.end(PREEMPTED, cause, self.line(f"{cause}: nothing to save yet", "stopped"))
         self.heart.stop = True

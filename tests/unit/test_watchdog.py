@@ -39,7 +39,7 @@ def test_a_heartbeat_tells_how_far_the_rank_is(tmp_path):
     assert (last["exit"], last["cause"], last["phase"]) == (70, "KeyError: x", "training a row")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_request_to_stop_is_a_flag_and_handlers_come_back(tmp_path, number):
     before = signal.getsignal(number)
     with watch(tmp_path, 0, 1, 10.0) as dog:
@@ -54,15 +54,15 @@ RANK = """
 import sys, time
 from pathlib import Path
 from slap_ds.watchdog import watch
-with watch(Path(sys.argv[1]), 1, 2, 1.0) as dog:
+with watch(Path(sys.argv[1]), 1, 2, {stop_s}) as dog:
     {before}
     print("up", flush=True)
     {then}
 """
 
 
-def start(tmp_path, before, then="time.sleep(60)"):
-    code = RANK.format(before=before, then=then)
+def start(tmp_path, before, then="time.sleep(60)", stop_s=1.0):
+    code = RANK.format(before=before, then=then, stop_s=stop_s)
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -140,6 +140,19 @@ def test_a_step_that_never_ends_does_not_hold_up_a_stop(tmp_path):
     _, said = process.communicate(timeout=30)
     assert process.returncode == 70
     assert "not at the end of a step 1 s after the request to stop" in said
+
+
+def test_ctrl_c_is_a_request_and_once_more_an_end(tmp_path):
+    """What a launcher passes on of the same Ctrl-C is not a second one."""
+    process = start(tmp_path, "dog.heart.beat('training a row', 2)", stop_s=60)
+    for wait_s in (0.5, 1.5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(wait_s)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 70
+    assert "step 2, 'training a row': interrupted twice: not saved" in said
 
 
 @pytest.mark.parametrize(
