@@ -11,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slap_ds import checkpoint as checkpoints
+from slap_ds import strict_json
 from slap_ds.comm import Comm
 from slap_ds.config import Config
+from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
 from slap_ds.models.chatglm import KEPT
-from slap_ds.models.load import DTYPES, load_config, load_tokenizer
+from slap_ds.models.load import DTYPES, load_config, load_tokenizer, whole_files
 from slap_ds.models.lora import merged, with_adapter
 from slap_ds.whole_state import whole_weights
 
@@ -47,12 +49,26 @@ def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
     else:
         model.save_pretrained(out, save_embedding_layers=False)
     tokenizer.save_pretrained(out)
-    note = {"run": run_dir.name, "step": newest.step, "template": template.name}
+    note = {
+        "run": run_dir.name,
+        "step": newest.step,
+        "steps": _steps(config, newest),
+        "template": template.name,
+    }
     (out / "slap_ds.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     kept = Path(config.model.path or "") / KEPT
     if config.model.path and kept.is_dir():  # the way back of a converted ChatGLM
         shutil.copytree(kept, out / KEPT, dirs_exist_ok=True)
     return out
+
+
+def _steps(config: Config, newest: checkpoints.Checkpoint) -> int:
+    """How many steps the whole run has."""
+    state = strict_json.loads((newest.folder / "state.json").read_bytes())
+    samples, candidates = state["stream"]["samples"], config.batch.candidates
+    return len(
+        CandidateStream(samples, candidates, config.seed, steps=config.steps, epochs=config.epochs)
+    )
 
 
 def _whole(config: Config, newest: checkpoints.Checkpoint) -> Any:
@@ -79,9 +95,10 @@ def _adapted(config: Config, checkpoint: Path, merge: bool) -> Any:
     assert lora is not None
     dtype = DTYPES[config.model.dtype]
     if merge:
-        base = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        with whole_files("model.path", path or ""):
+            base = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     else:
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(load_config(path, None), dtype=dtype)

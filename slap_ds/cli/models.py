@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from slap_ds.cli.common import Commands
@@ -37,16 +38,19 @@ def _export(options: argparse.Namespace, rest: list[str]) -> None:
 
     run_dir = Path(options.run_dir)
     out = export(run_dir, Path(options.out or run_dir / "model"), options.merge)
-    print(f"wrote {out}")
+    note = json.loads((out / "slap_ds.json").read_text("utf-8"))
+    print(f"wrote {out}: step {note['step']} of {note['steps']}")
 
 
 def _generate(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.evaluation.answers import Answerer
+    from slap_ds.models.load import whole_files
 
     folder = Path(options.model)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(f"no exported model at {options.model!r}: run slap-ds export first")
-    answer = Answerer(Path(options.model))
+    with whole_files("generate", options.model):
+        answer = Answerer(folder)
     for prompt in options.prompt:
         print(f"user: {prompt}\nassistant: {answer(prompt, options.max_new_tokens)}")
 

@@ -126,8 +126,9 @@ def test_reuse_where_it_cannot_be(capsys, write, tmp_path, monkeypatch):
 
 def test_train_export_generate_compare(capsys, write, tmp_path):
     main(["train", write()])
-    main(["export", str(tmp_path / "run")])
     capsys.readouterr()
+    main(["export", str(tmp_path / "run")])
+    assert f"wrote {tmp_path / 'run' / 'model'}: step 2 of 2\n" in capsys.readouterr().out
     main(["generate", str(tmp_path / "run" / "model"), "Hello", "--max-new-tokens", "4"])
     assert "assistant:" in capsys.readouterr().out
     main(["compare", str(tmp_path / "run"), str(tmp_path / "run")])
@@ -137,6 +138,28 @@ def test_train_export_generate_compare(capsys, write, tmp_path):
     assert "no exported model" in fails(capsys, "generate", str(tmp_path), "Hello")
     assert "no whole checkpoint" in fails(capsys, "export", str(tmp_path))
     assert "no metrics.jsonl" in fails(capsys, "compare", str(tmp_path))
+    with (tmp_path / "run" / "model" / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    text = fails(capsys, "generate", str(tmp_path / "run" / "model"), "Hello")
+    assert "is cut off or damaged" in text
+    assert text.count("\n") == 1
+
+
+# Of 659 training samples, 16 at a step.
+@pytest.mark.parametrize("length", [{"steps": 5}, {"steps": None, "epochs": 0.1}])
+def test_an_export_tells_where_the_run_stands(write, tmp_path, capsys, monkeypatch, length):
+    from slap_ds import trainer
+
+    def preempted(run, step):
+        save(run, step)
+        run.saver.wait()
+        raise KeyboardInterrupt
+
+    save = trainer.save
+    monkeypatch.setattr(trainer, "save", preempted)
+    fails(capsys, "train", write(**length, checkpoint__every=2))
+    main(["export", str(tmp_path / "run")])
+    assert capsys.readouterr().out.endswith("model: step 2 of 5\n")
 
 
 def test_the_exported_model_is_the_trained_one(write, tmp_path):
