@@ -79,7 +79,8 @@ def open_whole(folder: Path) -> WholeState:
     for name, shape in frozen.items():
         flat = torch.cat([piece["frozen_param_fragments"][name].flatten() for piece in pieces])
         others[_plain(name)] = flat[: math.prod(shape)].view(shape)
-    place = _place_stage3 if int(parts[0]["zero_stage"]) == 3 else _place_flat
+    # Told apart by content: ZeRO-1 that accumulates gradients in float32 names no stage.
+    place = _place_stage3 if "fp32_flat_groups" in parts[0] else _place_flat
     spans = place(model["param_shapes"], parts)
 
     def tensor(name: str, key: Key) -> Tensor:
@@ -133,7 +134,7 @@ def _place_stage3(shapes: Sequence[Any], parts: Sequence[Any]) -> _Spans:
 
 
 def _place_flat(shapes: Sequence[Any], parts: Sequence[Any]) -> _Spans:
-    """Stages 1 and 2: group g is one vector, its ranks' parts end to end."""
+    """Stages 1 and 2: group g is one vector, its ranks' parts end to end, padded at its end."""
     spans: _Spans = {}
     paddings = parts[0].get("param_alignment_paddings")
     for g, group in enumerate(shapes):

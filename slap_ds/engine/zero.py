@@ -150,7 +150,8 @@ class DeepSpeedEngine(Engine):
             else:
                 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-                for flat in optimizer.single_partition_of_fp32_groups:
+                for group in optimizer.optimizer.param_groups:
+                    (flat,) = group["params"]  # this rank's part of the group
                     made: dict[str, Tensor] = {"step": torch.tensor(whole.step)}
                     made |= {key: torch.zeros_like(flat) for key in MOMENTS}
                     optimizer.optimizer.state[flat] = made
