@@ -59,6 +59,14 @@ def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict
         problems.append("optimizer and scheduler belong into the run's YAML (optimizer section)")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage is {zero.get('stage')!r}, expected 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        # DeepSpeed keeps swapped optimizer groups out of the shards that our checkpoints are made
+        # of, and cannot load a checkpoint into weights that are swapped.
+        if (zero.get(key) or {}).get("device") == "nvme":
+            problems.append(
+                f"zero_optimization.{key}.device is 'nvme', expected 'cpu' or 'none': checkpoints "
+                "of swapped tensors can't be resumed or exported; use 'cpu', or more devices"
+            )
     problems += [f'{key} is "auto", which is not known here' for key in _autos(settings)]
     if problems:
         raise ValueError(f"engine.deepspeed: {path}\n" + "\n".join(f"  {p}" for p in problems))

@@ -105,6 +105,21 @@ def test_deepspeed_autos_are_filled_and_contradictions_listed(tmp_path):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+@pytest.mark.parametrize("device", ["none", "cpu", "nvme", None])
+def test_offload_to_disk_is_refused(key, device, tmp_path):
+    settings = json.loads(DEFAULT_DEEPSPEED.read_text())
+    settings["zero_optimization"][key] = device and {"device": device, "nvme_path": "/disk"}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(settings))
+    config = read_config(DEMO, ["--engine.deepspeed", str(path)])
+    if device != "nvme":
+        resolve_deepspeed(config, 4, 64)
+        return
+    with pytest.raises(ValueError, match=rf"{key}.device is 'nvme', expected 'cpu'.*use 'cpu'"):
+        resolve_deepspeed(config, 4, 64)
+
+
 def test_slap_alone_takes_unit_sketches_unless_told_otherwise():
     def norm(*overrides):
         return read_config(DEMO, overrides).resolved_scoring.sketch_norm
