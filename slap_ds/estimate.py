@@ -2,7 +2,7 @@
 
     estimate(config, model shape, tokens per sample, gpus) -> Estimate
 
-Memory counts what slap_ds and ZeRO-3 hold; the allocator's fragmentation and CUDA's own context
+Memory counts what slap_ds and ZeRO hold; the allocator's fragmentation and CUDA's own context
 come on top (allow 10 % and 2 GiB). Time is a model, not a measurement: its constants are arguments,
 and benchmarks/bench_step.py measures them. docs/performance.md lists the assumptions.
 """
@@ -10,6 +10,7 @@ and benchmarks/bench_step.py measures them. docs/performance.md lists the assump
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,15 @@ import torch
 
 from slap_ds.config import Config, LoraConfig
 from slap_ds.deepspeed_json import resolve_deepspeed
-from slap_ds.models.causal import block_flops, head_flops, trainable
+from slap_ds.models.causal import block_flops, block_parameters, head_flops, trainable
 from slap_ds.models.lora import add_adapter
+from slap_ds.models.reuse import host_boundary_bytes, pinned_bytes
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 WEIGHTS, GRADIENTS = "weights", "gradients"
 OPTIMIZER = "optimizer (float32 master, two moments)"
+BOUNDARIES = "block inputs"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Estimate:
     memory_gib: dict[str, float]
     step_s: dict[str, float]
     full_step_s: float
-    host_gib: dict[str, float]  # what DeepSpeed's offload keeps in host memory instead
+    host_gib: dict[str, float]  # in host memory instead: by DeepSpeed's offload, step.boundaries
 
     @property
     def total_gib(self) -> float:
@@ -104,66 +107,118 @@ def estimate(
     candidates_per_gpu: float,
     hardware: Hardware | None = None,
 ) -> Estimate:
-    """Memory and time per step of `config` on `gpus` GPUs under ZeRO-3.
+    """Memory and time per step of `config` on `gpus` GPUs, at the ZeRO stage of its settings.
 
     Args:
         sample_tokens: mean tokens per candidate. response_share: share of them that is trained.
         candidates_per_gpu: N / gpus; the batch grows with the GPUs.
     """
     hw = hardware or Hardware()
+    settings: dict[str, Any] = {}  # the plain engine holds what DeepSpeed holds without ZeRO
+    if config.engine.kind == "deepspeed":
+        settings = resolve_deepspeed(config, gpus, shape.width)
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
     reuse = config.step.forward != "separate" and config.model.gradient_checkpointing
     n = max(1, round(candidates_per_gpu * gpus))
-    memory = _memory(config, shape, sample_tokens * n / gpus, n, gpus, reuse)
-    host = {name: memory.pop(name) for name in _offloaded(config, shape, gpus)}
+    device, host = _states(config, shape, gpus, settings, stage)
+    kept_on_device, kept_on_host = _boundaries(config, shape, sample_tokens * n / gpus, reuse)
+    device |= _work(config, shape, n, stage) | {BOUNDARIES: kept_on_device}
+    if kept_on_host:
+        host[BOUNDARIES] = kept_on_host
+    step = (config, shape, sample_tokens, response_share, n, gpus, stage, hw)
     return Estimate(
         gpus=gpus,
         candidates=n,
-        memory_gib=memory,
-        host_gib=host,
-        step_s=_step(config, shape, sample_tokens, response_share, n, gpus, reuse, hw),
-        full_step_s=sum(
-            _step(config, shape, sample_tokens, response_share, n, gpus, None, hw).values()
-        ),
+        memory_gib={name: size / GIB for name, size in device.items()},
+        host_gib={name: size / GIB for name, size in host.items()},
+        step_s=_step(*step, reuse=reuse),
+        full_step_s=sum(_step(*step, reuse=None).values()),
     )
 
 
-def _offloaded(config: Config, shape: Shape, gpus: int) -> list[str]:
-    """The parts of `_memory` that the run's DeepSpeed settings move to the host."""
-    zero = resolve_deepspeed(config, gpus, shape.width)["zero_optimization"]
-    names = {"offload_param": [WEIGHTS], "offload_optimizer": [GRADIENTS, OPTIMIZER]}
-    found = []
-    for key, parts in names.items():
-        if zero.get(key, {}).get("device", "none") != "none":
-            found += parts
-    return found
+def _states(
+    config: Config, shape: Shape, gpus: int, settings: dict[str, Any], stage: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes of weights, gradients and optimizer: on a GPU, and offloaded to its host.
 
-
-def _memory(
-    config: Config, shape: Shape, local_tokens: float, n: int, gpus: int, reuse: bool
-) -> dict[str, float]:
+    tests/distributed/test_estimate.py counts what DeepSpeed holds.
+    """
+    zero = settings.get("zero_optimization", {})
     value = BYTES[config.model.dtype]
-    row = config.batch.micro_batch_tokens
-    e, v, layers = shape.width, shape.vocab, shape.layers
-    block = (shape.parameters - 2 * e * v) / layers
     trained = shape.parameters if shape.trained is None else shape.trained
-    kept = local_tokens * (layers + 1) if reuse else float(row * layers)
-    on_gpu = 0.0 if reuse and config.step.boundaries == "host" else kept * e * value
+    accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
+    gradient = value if accumulated is None else 4 if "32" in accumulated else 2
+    if stage == 1 and gradient > value:  # ZeRO-1 sums them in float32 beside those of the weights
+        gradient += value
+    master = 0 if stage == 0 and value == 4 else 4  # float32 weights without ZeRO have no copy
+    device = {
+        WEIGHTS: shape.parameters * value / (gpus if stage == 3 else 1),
+        GRADIENTS: trained * gradient / (gpus if stage >= 2 else 1),
+        OPTIMIZER: trained * (master + 8.0) / (gpus if stage >= 1 else 1),
+    }
+    host: dict[str, float] = {}
+    size, part = _offload(zero, "offload_param"), trained / gpus
+    if size is not None and stage == 3:
+        host[WEIGHTS] = size(device.pop(WEIGHTS))
+    size = _offload(zero, "offload_optimizer")
+    if size is not None and stage >= 1:
+        # The optimizer's step takes float32 gradients, which have buffers of their own beside those
+        # that gradients are accumulated in. ZeRO-1 accumulates on the GPU.
+        host[GRADIENTS] = size(device.pop(GRADIENTS)) if stage >= 2 else 0.0
+        if stage == 3:
+            group = zero.get("sub_group_size", 1e9)
+            host[GRADIENTS] += part // group * size(4 * group) + size(4 * (part % group))
+            host[OPTIMIZER] = device.pop(OPTIMIZER)
+        else:  # a buffer for the new weights too; the master is pinned as well
+            host[GRADIENTS] += size(4 * part) + size(value * part)
+            host[OPTIMIZER] = device.pop(OPTIMIZER) - 4 * part + size(4 * part)
+    return device, host
+
+
+def _offload(zero: dict[str, Any], key: str) -> Callable[[float], float] | None:
+    """Bytes of a host buffer -> what it takes; None: `key` is not in use."""
+    settings = zero.get(key) or {}
+    if settings.get("device", "none") == "none":
+        return None
+    return pinned_bytes if settings.get("pin_memory", True) else float
+
+
+def _boundaries(
+    config: Config, shape: Shape, local_tokens: float, reuse: bool
+) -> tuple[float, float]:
+    """Bytes of block inputs on a GPU and on its host."""
+    value, row = BYTES[config.model.dtype], config.batch.micro_batch_tokens
+    if not reuse:
+        return float(row * shape.layers * shape.width * value), 0.0
+    one = (shape.layers + 1) * shape.width * value
+    if config.step.boundaries == "device":
+        return local_tokens * one, 0.0
+    on_host = host_boundary_bytes(
+        local_tokens,
+        config.score_row_tokens,
+        config.selection.keep,
+        shape.layers,
+        shape.width,
+        value,
+    )
+    return min(row, local_tokens) * one, on_host  # the row in training is on the GPU
+
+
+def _work(config: Config, shape: Shape, n: int, stage: int) -> dict[str, float]:
+    """Bytes that a row and the selection take on a GPU."""
+    value, row = BYTES[config.model.dtype], config.batch.micro_batch_tokens
+    e, v = shape.width, shape.vocab
+    block = block_parameters(shape.config, shape.parameters) / shape.layers
     recompute = row * (12 * e + 4 * shape.intermediate) * value
     if not config.model.gradient_checkpointing:
-        recompute *= layers
-    chunk = config.scoring.chunk_tokens * v * (4 + 4 + value)
-    parts = {
-        WEIGHTS: shape.parameters * value / gpus,
-        GRADIENTS: trained * value / gpus,
-        OPTIMIZER: trained * 12 / gpus,
-        "gathered weights (two blocks, head)": (2 * block + e * v) * value,
+        recompute *= shape.layers
+    return {
+        "gathered weights (two blocks, head)": (2 * block + e * v) * value if stage == 3 else 0.0,
         "head gradient": 0.0 if shape.trained else e * v * (4.0 + value),
-        "head chunk": float(chunk),
-        "block inputs": on_gpu,
+        "head chunk": float(config.scoring.chunk_tokens * v * (4 + 4 + value)),
         "one block's activations": float(recompute),
         "scores of all candidates": n * (e * 4 * 2 + 20.0),
     }
-    return {name: size / GIB for name, size in parts.items()}
 
 
 def _step(
@@ -173,8 +228,9 @@ def _step(
     response_share: float,
     n: int,
     gpus: int,
-    reuse: bool | None,
+    stage: int,
     hw: Hardware,
+    reuse: bool | None,
 ) -> dict[str, float]:
     """Seconds by phase; `reuse` None: full training on all candidates, nothing scored."""
     keep = 1.0 if reuse is None else config.selection.keep
@@ -196,13 +252,17 @@ def _step(
     # Frozen weights have no gradient, which is half of the backward.
     frozen = shape.trained is not None
     passes = (2 if reuse else 3) + recompute - frozen
-    train = phase(keep * (passes * forward + (3 - frozen) * head), 2 * rows(keep * local, row))
+    trained_rows = rows(keep * local, row)
+    # Whole weights are gathered once a step, after it; ZeRO-2 reduces the gradients of every row.
+    gathers = {3: 2 * trained_rows, 2: trained_rows + 1}.get(stage, 2)
+    train = phase(keep * (passes * forward + (3 - frozen) * head), gathers)
     if reuse is None:
         return {"train": train, "score": 0.0, "gather": 0.0, "select": 0.0}
     doublings = math.log2(max(gpus, 2))
     payload = n * (4 * shape.width + 20)
+    scored_rows = rows(local, config.score_row_tokens) if stage == 3 else 0
     return {
-        "score": phase(forward + 2 * head, rows(local, config.score_row_tokens)),
+        "score": phase(forward + 2 * head, scored_rows),
         "gather": payload / hw.gather_bytes_per_s + 6 * hw.latency_s * doublings,
         "select": _pairs(n, keep) * shape.width / hw.pair_dims_per_s,
         "train": train,

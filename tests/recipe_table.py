@@ -13,7 +13,7 @@ from tests.unit.test_recipes import RECIPES, REPO, meta_model
 
 SAMPLE_TOKENS = 512
 CANDIDATES_PER_GPU = 32
-GPUS = {"lora": (1, 8, 64), "offload": (1, 2, 8), "": (8, 16, 64, 512)}
+GPUS = {"lora": (1, 8, 64), "offload": (1, 2, 8, 16), "": (8, 16, 64, 512)}
 NVLINK, NETWORK = 200e9, 40e9  # bytes a second that a GPU gathers, inside a node and between nodes
 LIMIT_GIB = 72  # of a device with 80 GB; the rest is CUDA's context and fragmentation
 

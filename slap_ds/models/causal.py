@@ -196,13 +196,20 @@ def block_flops(model_config: Any, parameters: int, lengths: Sequence[int]) -> f
         parameters: all of the model's, head and embeddings included. lengths: tokens per sample.
     """
     text = model_config.get_text_config()
-    tied = bool(getattr(model_config, "tie_word_embeddings", False))
-    blocks: float = parameters - text.vocab_size * text.hidden_size * (1 if tied else 2)
+    blocks = float(block_parameters(model_config, parameters))
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     squares = float(sum(int(n) ** 2 for n in lengths))
     attention: float = 2.0 * text.num_hidden_layers * heads * head_dim * squares
     return 2.0 * blocks * float(sum(lengths)) + attention
+
+
+def block_parameters(model_config: Any, parameters: int) -> int:
+    """Of all `parameters` of a model those that are neither embeddings nor head."""
+    text = model_config.get_text_config()
+    tied = bool(getattr(model_config, "tie_word_embeddings", False))
+    outside: int = text.vocab_size * text.hidden_size * (1 if tied else 2)
+    return parameters - outside
 
 
 def head_flops(model_config: Any, response_tokens: int) -> float:

@@ -11,6 +11,7 @@ A step costs N + 3M forwards instead of the N + 4M of scoring and then training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -58,6 +59,9 @@ class BlockInputs:
         """
         assert self._recorded, "nothing was recorded: score before replaying"
         self.mode = "replay"
+        if self.on_host and any(x.is_pinned() for x in self._recorded[0]):
+            # Copies to pinned memory may still be under way; the host reads them from here on.
+            torch.cuda.current_stream().synchronize()
         self.peak_bytes = sum(_size(x) for scored in self._recorded for x in scored)
         self._cuts = [[] for _ in rows]
         for boundary, scored in enumerate(self._recorded):
@@ -180,6 +184,29 @@ def find_blocks(lm: Any) -> list[nn.Module]:
             f"{len(lists)}: use step.forward: separate"
         )
     return lists[0]
+
+
+def host_boundary_bytes(
+    tokens: float, row_tokens: int, keep: float, layers: int, width: int, value_bytes: int
+) -> float:
+    """Host memory, in bytes, that a rank needs to keep block inputs in pinned memory.
+
+    Beside the pinned rows stand the picks' copies, which are not pinned: torch keeps the rows for
+    the next step when they are released.
+
+    Args:
+        tokens: of the rank's candidates. row_tokens: at most, of a scored row. keep: share of the
+            candidates that is trained. layers, width: L and E. value_bytes: of one value.
+    """
+    token_bytes = width * value_bytes
+    rows, rest = divmod(math.ceil(tokens), row_tokens)
+    pinned = rows * pinned_bytes(row_tokens * token_bytes) + pinned_bytes(rest * token_bytes)
+    return (layers + 1) * (pinned + keep * tokens * token_bytes)
+
+
+def pinned_bytes(size: float) -> int:
+    """What torch's host allocator takes for a pinned tensor of `size` bytes: a power of two."""
+    return 1 << (math.ceil(size) - 1).bit_length() if size > 0 else 0
 
 
 def _dropouts(lm: nn.Module) -> Any:

@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from slap_ds.config_file import read_config
 from slap_ds.data.templates import TEMPLATES
 from slap_ds.deepspeed_json import resolve_deepspeed
-from slap_ds.estimate import GRADIENTS, OPTIMIZER, WEIGHTS, Shape, estimate
+from slap_ds.estimate import BOUNDARIES, GRADIENTS, OPTIMIZER, WEIGHTS, Shape, estimate
 from slap_ds.models.causal import trainable
 from slap_ds.models.chatglm_layout import glm_config, read_sizes
 from slap_ds.models.lora import add_adapter
+from slap_ds.models.reuse import pinned_bytes
 from tests import chatglm
 
 REPO = Path(__file__).parents[2]
@@ -109,8 +110,22 @@ def test_fits_the_model_and_counts_its_memory(path):
     said = re.search(r"# ([\d.]+) B parameters: .* take ([\d,]+) GB", text)
     assert said is not None
     assert float(said[1]) == round(count / 1e9, 1)
-    # bfloat16 weights and gradients, float32 weights and AdamW's two moments: 16 bytes.
-    assert int(said[2].replace(",", "")) == round(16 * count / 1e9)
+    # bfloat16 weights and gradients, float32 weights and AdamW's two moments: 16 bytes; on the host
+    # float32 gradients too.
+    each = 20 if path.stem.endswith("-offload") else 16
+    assert int(said[2].replace(",", "")) == round(each * count / 1e9)
+
+
+def test_the_host_memory_that_the_largest_recipe_names(monkeypatch):
+    monkeypatch.chdir(REPO)
+    path = REPO / "configs" / "llama3-70b-offload.yaml"
+    config = read_config(str(path))
+    shape = Shape.of(meta_model(path).config)
+    said = re.search(r"# slower. Host memory over all nodes: ([\d.]+) TB", path.read_text())
+    assert said is not None
+    for gpus in (8, 16):
+        e = estimate(config, shape, 512, 0.5, gpus, config.batch.candidates / gpus)
+        assert round(sum(e.host_gib.values()) * gpus * 2**30 / 1e12, 1) == float(said[1])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -122,11 +137,16 @@ def test_estimates_count_adapters_and_offload(path, monkeypatch):
     parts = {**found.memory_gib, **found.host_gib}
     trained = shape.trained or shape.parameters
     assert (shape.trained is not None) == path.stem.endswith("-lora")
-    assert parts[WEIGHTS] == shape.parameters * 2 / 8 / 2**30
     assert parts[OPTIMIZER] == trained * 12 / 8 / 2**30
     offloaded = {OPTIMIZER, GRADIENTS} if path.stem.endswith("-offload") else set()
     if "all" in str(config.engine.deepspeed):
         offloaded |= {WEIGHTS}
+    # Pinned buffers of the host take powers of two.
+    weights = shape.parameters * 2 / 8
+    expected = pinned_bytes(weights) if WEIGHTS in offloaded else weights
+    assert parts[WEIGHTS] == expected / 2**30
+    if config.step.boundaries == "host":
+        offloaded |= {BOUNDARIES}
     assert set(found.host_gib) == offloaded
 
 
