@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from slap_ds.config_file import read_yaml
 from slap_ds.metrics import read_lines
+
+# What decides which tokens an evaluation loss is a mean over, beside the tokenizer.
+_EVALUATED = {
+    "data": ("eval", "format", "template", "max_tokens", "over_length"),
+    "evaluation": ("max_samples",),
+}
 
 
 def compare(run_dirs: Sequence[Path], console: Console) -> None:
     """Print a table of runs: samples, tokens, FLOPs, seconds, evaluation loss per task.
 
+    The ratio of the first to the last run is left out for losses that were not taken of the same
+    tokens, as far as the runs' config.yaml say.
+
     Raises:
-        FileNotFoundError, ValueError: a run without metrics.
+        FileNotFoundError, ValueError: a run without metrics or config.yaml.
     """
     runs = [_summary(run_dir) for run_dir in run_dirs]
+    different = _differences(run_dirs)
     table = Table(title="runs side by side")
     table.add_column("")
     for run_dir in run_dirs:
@@ -30,9 +42,49 @@ def compare(run_dirs: Sequence[Path], console: Console) -> None:
         cells = [_show(name, value) for value in values]
         if len(runs) > 1:
             first, last = values[0], values[-1]
-            cells.append(f"{first / last:.3f}" if first and last else "")
+            alike = not different or not _is_loss(name)
+            cells.append(f"{first / last:.3f}" if first and last and alike else "")
         table.add_row(name, *cells)
     console.print(table)
+    if different:
+        console.print(
+            "The losses are of different tokens, so that their ratio would say nothing: "
+            + "; ".join(different),
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _differences(run_dirs: Sequence[Path]) -> list[str]:
+    """In what the first and the last run were evaluated differently."""
+    first, last = (_evaluated(run_dir) for run_dir in (run_dirs[0], run_dirs[-1]))
+    return [
+        f"{key} is {first[key][0]} in {run_dirs[0].name}, {last[key][0]} in {run_dirs[-1].name}"
+        for key in first
+        if first[key][1] != last[key][1]
+    ]
+
+
+def _evaluated(run_dir: Path) -> dict[str, tuple[Any, Any]]:
+    """How a run was evaluated: by key, what its config says and what that stands for."""
+    raw = read_yaml(str(run_dir / "config.yaml"))
+    found = {}
+    for section, names in _EVALUATED.items():
+        for name in names:
+            value = (raw.get(section) or {}).get(name)
+            found[f"{section}.{name}"] = (value, value)
+    model = raw.get("model") or {}
+    tokenizer = model.get("tokenizer") or model.get("path") or ""
+    found["model.tokenizer"] = (tokenizer, _content(tokenizer))
+    return found
+
+
+def _content(tokenizer: str) -> str:
+    """sha256 (hex) of a tokenizer's file; its name where it lies elsewhere."""
+    path = Path(tokenizer)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else tokenizer
 
 
 def _summary(run_dir: Path) -> dict[str, float]:
@@ -69,6 +121,10 @@ def _show(name: str, value: float | None) -> str:
         return ""
     if "FLOPs" in name:
         return f"{value:.3e}"
-    if "loss" in name or (name.startswith("  ") and "of them" not in name):
+    if _is_loss(name):
         return f"{value:.4f}"
     return f"{value:,.1f}" if "seconds" in name or "of them" in name else f"{value:,.0f}"
+
+
+def _is_loss(name: str) -> bool:
+    return "loss" in name or (name.startswith("  ") and "of them" not in name)

@@ -11,6 +11,7 @@ import yaml
 
 from slap_ds import checkpoint
 from slap_ds.cli import main
+from slap_ds.models.load import DEMO_TOKENIZER
 from tests.recipes import tiny_config, tiny_model
 
 
@@ -59,6 +60,7 @@ def rows(tmp_path, *rows) -> list[str]:
     return [str(path)]
 
 
+TOTALS = ("picked", "trained_tokens", "flops", "step_s", "score_s", "selection_s")
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
 
 
@@ -143,6 +145,45 @@ def test_train_export_generate_compare(capsys, write, tmp_path):
     text = fails(capsys, "generate", str(tmp_path / "run" / "model"), "Hello")
     assert "is cut off or damaged" in text
     assert text.count("\n") == 1
+
+
+def test_losses_of_different_tokens_have_no_ratio(write, tmp_path, capsys):
+    """Runs that differ in what they were evaluated on, and by which tokenizer; or only in names."""
+    records = [
+        {"event": "eval", "eval_loss": 4.0, "eval_loss_by_task": {"qa": 4.0}},
+        {"event": "train", "loss": 3.0, "total": dict.fromkeys(TOTALS, 8)},
+        {"event": "eval", "eval_loss": 2.0, "eval_loss_by_task": {"qa": 2.0}},
+    ]
+    copy = tmp_path / "copy.json"
+    copy.write_bytes((DEMO_TOKENIZER / "tokenizer.json").read_bytes())
+    changes = {
+        "a": {"model__tokenizer": str(DEMO_TOKENIZER)},
+        "b": {"model__tokenizer": str(copy)},
+        "c": {"data__max_tokens": 128, "model__tokenizer": str(copy)},
+        "d": {"data__eval": ["other.jsonl"], "model__tokenizer": "other/tokenizer"},
+    }
+    for name, change in changes.items():
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_bytes(Path(write(**change)).read_bytes())
+        (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    def compared(*names):
+        capsys.readouterr()
+        main(["compare", *(str(tmp_path / name) for name in names)])
+        text = capsys.readouterr().out
+        return text.count("1.000"), text
+
+    ratios, text = compared("a", "b")
+    assert "different tokens" not in text
+    costs, text = compared("a", "c")
+    assert ratios == costs + 4  # training, before, after, qa
+    assert text.endswith("would say nothing: data.max_tokens is 256 in a, 128 in c\n")
+    costs, text = compared("a", "c", "d")
+    assert ratios == costs + 4
+    assert "data.eval is ['builtin:demo/eval'] in a, ['other.jsonl'] in d; model.tok" in text
+    assert f"model.tokenizer is {DEMO_TOKENIZER} in a, other/tokenizer in d\n" in text
+    assert compared("a", "c", "b")[0] == ratios
 
 
 # Of 659 training samples, 16 at a step.
