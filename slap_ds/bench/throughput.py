@@ -20,6 +20,7 @@ import torch
 from slap_ds.bench.peak import measured_peak, peak_of
 from slap_ds.bench.random_data import random_inputs
 from slap_ds.config import Config
+from slap_ds.config_file import validated
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import logged_collectives
 from slap_ds.metrics import JsonLines
@@ -38,7 +39,7 @@ class Data:
     """Where the samples come from; without `random` the configuration's own."""
 
     random: bool = True
-    mean_tokens: float = 512
+    mean_tokens: float | None = None  # None: 512, or data.max_tokens where that is less
     spread: float = 0.0
     response_share: float = 0.5
 
@@ -75,7 +76,10 @@ def throughput(
         raise ValueError(f"{config.run_dir!r} holds a run with checkpoints: change run_dir")
 
     def read(config: Config) -> Inputs:
-        return random_inputs(config, data.mean_tokens, data.spread, data.response_share)
+        mean = data.mean_tokens
+        if mean is None:
+            mean = min(512, config.data.max_tokens)
+        return random_inputs(config, mean, data.spread, data.response_share)
 
     run = prepare(config, read=read if data.random else None)
     peak, source = _peak(run, peak_flops)
@@ -97,7 +101,7 @@ def _set(config: Config, sweep: str | None, value: float) -> Config:
     section, kind = SWEEPS[sweep]
     tree = config.model_dump()
     tree[section][sweep] = kind(value)
-    return Config.model_validate(tree)
+    return validated(Config, tree, f"--values {value:g}")
 
 
 def _measure(

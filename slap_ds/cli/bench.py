@@ -26,7 +26,11 @@ def add(commands: Commands) -> None:
         default="random",
         help="random tokens (default; no tokenizer, no files), or the configuration's own data",
     )
-    through.add_argument("--sample-tokens", type=float, default=512, help="mean of random samples")
+    through.add_argument(
+        "--sample-tokens",
+        type=float,
+        help="mean of random samples (default 512, or data.max_tokens if less)",
+    )
     through.add_argument(
         "--spread", type=float, default=0.0, help="deviation of their log-lengths (default 0)"
     )
@@ -85,10 +89,10 @@ def _sweep_nodes(options: argparse.Namespace, rest: list[str]) -> None:
     if any(value != int(value) for value in options.values):
         raise ValueError(f"--values is {options.values}, expected whole numbers of nodes")
     given = ["bench", "throughput", options.config]
-    for name in ("steps", "warmup", "data", "sample_tokens", "spread", "response_share"):
-        given += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    if options.peak_flops is not None:
-        given += ["--peak-flops", str(options.peak_flops)]
+    names = ("steps", "warmup", "data", "sample_tokens", "spread", "response_share", "peak_flops")
+    for name in names:
+        if getattr(options, name) is not None:
+            given += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     values = [int(value) for value in options.values]
     points = sweep_nodes(values, options.launcher, options.hostfile, [*given, *rest])
     _show(points, options, describe())
@@ -114,12 +118,19 @@ def _network(options: argparse.Namespace, rest: list[str]) -> None:
 
     comm, result = measure(options.mib, options.timeout_s)
     if comm.rank == 0:
-        print(
-            f"{result['ranks']} ranks on {result['hosts']} hosts, {result['device']}: a small "
-            f"message takes {result['latency_s'] * 1e6:.0f} us, a large one "
-            f"{result['bus_bytes_per_s'] / 1e9:.2f} GB/s",
-            flush=True,
-        )
+        if comm.world == 1:
+            print(
+                "one rank has nobody to send to, nothing was measured: start it with a launcher, "
+                "such as torchrun --nproc-per-node 2 -m slap_ds bench network",
+                flush=True,
+            )
+        else:
+            print(
+                f"{result['ranks']} ranks on {result['hosts']} hosts, {result['device']}: a small "
+                f"message takes {result['latency_s'] * 1e6:.0f} us, a large one "
+                f"{result['bus_bytes_per_s'] / 1e9:.2f} GB/s",
+                flush=True,
+            )
         if options.json == "-":
             print(json.dumps(result), flush=True)
         elif options.json:

@@ -233,7 +233,11 @@ def test_a_sweep_over_nodes_starts_the_launcher_for_each(tmp_path):
         (["--sweep", "keep"], "go together"),
         (["--hostfile", "hosts"], "are for --sweep nodes"),
         (["--sweep", "nodes", "--values", "1.5"], "expected whole numbers"),
-        (["--sweep", "keep", "--values", "1.5"], "less than or equal to 1"),
+        (
+            ["--sweep", "keep", "--values", "1", "1.5"],
+            "--values 1.5: 1 mistake\n  selection.keep: Input should be less than or equal to 1 "
+            "(found 1.5)\n",
+        ),
         (["--steps", "0"], "expected at least 1 of each"),
     ],
 )
@@ -245,7 +249,26 @@ def test_mistakes_are_one_line(arguments, words, model, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "throughput", str(path), *arguments])
     assert stop.value.code == 1
-    assert words in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert words in text
+    assert "pydantic" not in text
+
+
+def test_samples_are_no_longer_than_they_may_be_by_default(model, tmp_path):
+    settings = config(model, tmp_path, engine={"kind": "torch"}, batch={"candidates": 4})
+    assert settings.data.max_tokens == 256
+    ((point, lines, _),) = measured(settings, 1, Data())
+    assert [line["candidate_tokens"] for line in lines] == [4 * 256] * STEPS
+    assert point["ranks"] == 1
+
+
+def test_one_rank_has_no_network_to_measure(monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    cli.main(["bench", "network", "--mib", "1"])
+    text = capsys.readouterr().out
+    assert "one rank has nobody to send to" in text
+    assert "GB/s" not in text
 
 
 def free_port():
