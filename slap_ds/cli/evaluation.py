@@ -68,6 +68,9 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     target = Path(options.target)
     endpoint = _endpoint(options)
     out = Path(options.out) if options.out else None
+    if options.lm_eval is None and (options.lm_eval_limit or options.lm_eval_chat):
+        given = "--lm-eval-limit" if options.lm_eval_limit else "--lm-eval-chat"
+        raise ValueError(f"{given} is for lm-evaluation-harness: give --lm-eval TASKS too")
     if options.lm_eval:
         _harness(options, target, out)
         return

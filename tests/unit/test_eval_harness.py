@@ -83,3 +83,12 @@ def test_without_lm_eval_it_says_so(model, monkeypatch, capsys):
         main(["eval", model, "--lm-eval", "arc_easy"])
     assert caught.value.code == 1
     assert "slap_ds[harness]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--lm-eval-limit", "3"], ["--lm-eval-chat"]])
+def test_its_options_alone_are_a_mistake(given, model, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["eval", model, "--data", "builtin:demo/eval", *given])
+    assert caught.value.code == 1
+    expected = f"slap-ds: error: {given[0]} is for lm-evaluation-harness: give --lm-eval TASKS too"
+    assert capsys.readouterr().err == expected + "\n"
