@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,39 @@ from slap_ds.config import Config
 from slap_ds.config_file import set_dotted
 
 DEFAULT_DEEPSPEED = Path(__file__).parent / "zero3.json"
+# What a file may hold beside what is filled in below. DeepSpeed ignores sections it does not know,
+# and some that it knows do not go together with batches that are chosen at every step.
+_SECTIONS = frozenset(
+    {
+        "activation_checkpointing",
+        "aio",
+        "bf16",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "csv_monitor",
+        "data_types",
+        "disable_allgather",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "seq_parallel_communication_data_type",
+        "steps_per_print",
+        "tensorboard",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "use_node_local_storage",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
+)
 
 
 def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict[str, Any]:
@@ -32,7 +66,13 @@ def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict
         raise ValueError(f"engine.deepspeed: {path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"engine.deepspeed: {path} holds no JSON object")
+    problems = [*_unknown(settings)]
     zero = settings.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict) or "stage" not in zero:
+        raise ValueError(
+            f"engine.deepspeed: {path} has no zero_optimization.stage, expected 0, 1, 2 or 3"
+            + "".join(f"\n  {problem}" for problem in problems)
+        )
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -46,7 +86,6 @@ def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
     }
-    problems = []
     for key, value in {**ours, **sizes}.items():
         found = _get_dotted(settings, key)
         if found is None and key in sizes:
@@ -57,7 +96,14 @@ def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict
             problems.append(f'{key} is {found!r}, this run needs {value!r} (or "auto")')
     if "optimizer" in settings or "scheduler" in settings:
         problems.append("optimizer and scheduler belong into the run's YAML (optimizer section)")
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
+    # AdamW is torch's, which DeepSpeed takes for untested and, offloaded, wants to replace.
+    for key, value in {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }.items():
+        if settings.setdefault(key, value) != value:
+            problems.append(f"{key} is {settings[key]!r}, this run needs {value!r}")
+    if zero["stage"] not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage is {zero.get('stage')!r}, expected 0, 1, 2 or 3")
     for key in ("offload_optimizer", "offload_param"):
         # DeepSpeed keeps swapped optimizer groups out of the shards that our checkpoints are made
@@ -71,6 +117,17 @@ def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict
     if problems:
         raise ValueError(f"engine.deepspeed: {path}\n" + "\n".join(f"  {p}" for p in problems))
     return settings
+
+
+def _unknown(settings: dict[str, Any]) -> Iterator[str]:
+    """One line for each section that is not switched off and does not belong there."""
+    for key, value in settings.items():
+        off = value is False or (isinstance(value, dict) and value.get("enabled") is False)
+        if key in _SECTIONS or key in ("optimizer", "scheduler") or off:
+            continue
+        near = difflib.get_close_matches(key, _SECTIONS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "take it out"
+        yield f"{key} is no section that this trainer can use; {hint}"
 
 
 def _get_dotted(tree: Any, key: str) -> Any:

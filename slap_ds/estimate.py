@@ -196,7 +196,6 @@ def _boundaries(
     on_host = host_boundary_bytes(
         local_tokens,
         config.score_row_tokens,
-        config.selection.keep,
         shape.layers,
         shape.width,
         value,

@@ -26,6 +26,7 @@ from slap_ds.data.templates import make_template
 from slap_ds.deepspeed_json import resolve_deepspeed
 from slap_ds.engine import Engine, make_engine, start_ranks, write_deepspeed
 from slap_ds.models.load import check_fit, check_window, load_config, load_tokenizer
+from slap_ds.models.reuse import host_boundary_bytes
 from slap_ds.scoring import Scorer, ScoringPlan, Wants
 from slap_ds.selection import Course, Selector, make_selector
 from slap_ds.start import check_shared, first_on_each_node
@@ -186,8 +187,12 @@ def check_boundaries(run: Run) -> None:
     text = run.inputs.model_config.get_text_config()
     local = run.config.batch.candidates / run.comm.world * float(run.inputs.train.lengths.mean())
     value = {"float32": 4, "bfloat16": 2}[run.config.model.dtype]
-    need = local * text.hidden_size * (text.num_hidden_layers + 1) * value
-    on_host = run.config.step.boundaries == "host" or run.engine.device.type == "cpu"
+    layers, width = text.num_hidden_layers, text.hidden_size
+    need = local * width * (layers + 1) * value
+    on_cpu = run.engine.device.type == "cpu"
+    on_host = run.config.step.boundaries == "host" or on_cpu
+    if on_host and not on_cpu:
+        need = host_boundary_bytes(local, run.config.score_row_tokens, layers, width, value)
     if on_host:
         free = _free_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", run.comm.world))
     else:

@@ -33,10 +33,19 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, config: Config, model_config: Any, comm: Comm) -> None:
         import deepspeed
+        from deepspeed.runtime.config import DeepSpeedConfigError
         from transformers.integrations import HfDeepSpeedConfig
 
         self.hidden_size = model_config.get_text_config().hidden_size
         settings = resolve_deepspeed(config, comm.world, self.hidden_size)
+        try:
+            deepspeed.DeepSpeedConfig(settings)
+        except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+            # pydantic's own form: one line for what is wrong, then an address.
+            told = " ".join(str(error).split("For further")[0].split()) or type(error).__name__
+            raise ValueError(
+                f"engine.deepspeed: DeepSpeed refuses these settings: {told}"
+            ) from None
         if settings["zero_optimization"].get("stage") == 3:
             # transformers looks for a living config object and then partitions while loading;
             # zero.Init around from_config fails.

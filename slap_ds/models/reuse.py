@@ -41,7 +41,8 @@ class BlockInputs:
         self._last = len(blocks) - 1
         self._spans: dict[int, tuple[int, int, int]] = {}  # position -> row, start, end
         self._recorded: list[list[Tensor]] = []  # [boundary 0..L][scored row] -> (T, E)
-        self._cuts: list[list[Tensor]] = []  # [row to replay][boundary 0..L] -> (T, E)
+        # [row to replay][boundary 0..L] -> pieces of (T, E), one unless they lie on the host
+        self._cuts: list[list[list[Tensor]]] = []
         self._current: list[Tensor] = []  # the row being replayed
         self.peak_bytes = 0  # most bytes of boundaries held at once since start_scoring
 
@@ -55,13 +56,11 @@ class BlockInputs:
     def start_replay(self, rows: Sequence[PackedRow]) -> None:
         """Keep what `rows`, made of recorded samples, need; they follow in this order.
 
-        Boundary by boundary, so that only one of them is held twice at a time.
+        Boundary by boundary, so that only one of them is held twice at a time; on the host none is,
+        for the host never reads them: pinned as they are, they go back in pieces.
         """
         assert self._recorded, "nothing was recorded: score before replaying"
         self.mode = "replay"
-        if self.on_host and any(x.is_pinned() for x in self._recorded[0]):
-            # Copies to pinned memory may still be under way; the host reads them from here on.
-            torch.cuda.current_stream().synchronize()
         self.peak_bytes = sum(_size(x) for scored in self._recorded for x in scored)
         self._cuts = [[] for _ in rows]
         for boundary, scored in enumerate(self._recorded):
@@ -82,7 +81,13 @@ class BlockInputs:
                 self._spans[position] = (number, start, start + length)
                 start += length
         elif self.mode == "replay":
-            self._current = [cut.to(row.input_ids.device) for cut in self._cuts.pop(0)]
+            device = row.input_ids.device
+            self._current = [
+                torch.cat([piece.to(device, non_blocking=True) for piece in pieces])
+                if len(pieces) > 1
+                else pieces[0].to(device, non_blocking=True)
+                for pieces in self._cuts.pop(0)
+            ]
 
     def __call__(self, run: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
         block = run.args[0] if run.args else run.func.__self__  # type: ignore[attr-defined]
@@ -107,12 +112,13 @@ class BlockInputs:
             kept = pinned.copy_(kept, non_blocking=True)
         self._recorded[boundary].append(kept)
 
-    def _cut(self, scored: list[Tensor], row: PackedRow) -> Tensor:
-        """A row's tokens of one boundary, cut out of the scored rows: (T, E)."""
+    def _cut(self, scored: list[Tensor], row: PackedRow) -> list[Tensor]:
+        """A row's tokens of one boundary, cut out of the scored rows: (T, E) in pieces."""
         if not row.where:  # an empty row has one token that trains nothing
-            return torch.zeros_like(scored[0][:1])
+            return [torch.zeros_like(scored[0][:1])]
         spans = [self._spans[position] for position in row.where]
-        return torch.cat([scored[number][start:end] for number, start, end in spans])
+        pieces = [scored[number][start:end] for number, start, end in spans]
+        return pieces if self.on_host else [torch.cat(pieces)]
 
 
 class _Replay(torch.autograd.Function):
@@ -187,21 +193,18 @@ def find_blocks(lm: Any) -> list[nn.Module]:
 
 
 def host_boundary_bytes(
-    tokens: float, row_tokens: int, keep: float, layers: int, width: int, value_bytes: int
+    tokens: float, row_tokens: int, layers: int, width: int, value_bytes: int
 ) -> float:
     """Host memory, in bytes, that a rank needs to keep block inputs in pinned memory.
 
-    Beside the pinned rows stand the picks' copies, which are not pinned: torch keeps the rows for
-    the next step when they are released.
-
     Args:
-        tokens: of the rank's candidates. row_tokens: at most, of a scored row. keep: share of the
-            candidates that is trained. layers, width: L and E. value_bytes: of one value.
+        tokens: of the rank's candidates. row_tokens: at most, of a scored row. layers, width: L and
+            E. value_bytes: of one value.
     """
     token_bytes = width * value_bytes
     rows, rest = divmod(math.ceil(tokens), row_tokens)
     pinned = rows * pinned_bytes(row_tokens * token_bytes) + pinned_bytes(rest * token_bytes)
-    return (layers + 1) * (pinned + keep * tokens * token_bytes)
+    return float((layers + 1) * pinned)
 
 
 def pinned_bytes(size: float) -> int:

@@ -10,10 +10,11 @@ import torch
 from slap_ds import start
 from slap_ds.engine import RankError, start_ranks
 from slap_ds.engine.ranks import take_gpu
+from slap_ds.run import prepare
 from slap_ds.start import OtherRankFailed, check_shared, first_on_each_node
 from slap_ds.watchdog import watch
 from tests.ranks import run_ranks
-from tests.recipes import tiny_config
+from tests.recipes import tiny_config, tiny_model
 
 WAITS_S = 3.0
 
@@ -94,3 +95,24 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(ValueError, match=r"local rank 3 sees 1 GPU \(CUDA_VISIBLE_DEVICES is 3\)"):
         take_gpu(3)
+
+
+def test_what_deepspeed_itself_refuses_is_one_line(tmp_path):
+    (tmp_path / "ds.json").write_text(
+        '{"zero_optimization": {"stage": 3, "stage3_max_live_parameter": 4}}'
+    )
+    config = tiny_config(
+        tiny_model(tmp_path / "model"),
+        tmp_path / "run",
+        engine={"deepspeed": str(tmp_path / "ds.json")},
+    )
+    (said,) = run_ranks(refusal, 1, config)
+    assert said.startswith("engine.deepspeed: DeepSpeed refuses these settings: ")
+    assert "stage3_max_live_parameter Extra inputs are not permitted" in said
+    assert "http" not in said
+
+
+def refusal(config):
+    with pytest.raises(ValueError, match="DeepSpeed refuses") as caught:
+        prepare(config)
+    return str(caught.value)

@@ -1,6 +1,7 @@
 """The config: every error at once, dotted overrides, every committed file parses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,34 @@ def test_slap_alone_takes_unit_sketches_unless_told_otherwise():
     assert norm("--selection.preset", "paper") == "none"
     assert norm("--selection.method", "grand") == "none"
     assert norm("--selection.preset", "paper", "--scoring.sketch_norm", "unit") == "unit"
+
+
+ZERO = {"zero_optimization": {"stage": 3}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "has no zero_optimization.stage, expected 0, 1, 2 or 3"),
+        ({"zero_optimisation": {"stage": 3}}, "did you mean 'zero_optimization'?"),
+        ({**ZERO, "amp": {"enabled": True}}, "amp is no section that this trainer can use; take"),
+        ({**ZERO, "curriculum_learning": {}}, "curriculum_learning is no section"),
+        ({**ZERO, "zero_force_ds_cpu_optimizer": True}, "True, this run needs False"),
+        ({"zero_optimization": {"stage": 4}}, "stage is 4, expected 0, 1, 2 or 3"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_fail_at_is_refused(settings, words, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(settings))
+    config = read_config(DEMO, ["--engine.deepspeed", str(path)])
+    with pytest.raises(ValueError, match=re.escape(words)):
+        resolve_deepspeed(config, 4, 64)
+
+
+def test_a_short_deepspeed_file_is_enough(tmp_path):
+    path = tmp_path / "ds.json"
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    path.write_text(json.dumps({"zero_optimization": zero, "amp": {"enabled": False}}))
+    settings = resolve_deepspeed(read_config(DEMO, ["--engine.deepspeed", str(path)]), 4, 64)
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+    assert settings["zero_allow_untested_optimizer"] is True

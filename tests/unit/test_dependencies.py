@@ -14,6 +14,7 @@ BETWEEN = {
     "tensor_files": 0.5,
     "whole_state": 0.6,
     "watchdog": 4.5,
+    "pass_on": 4.6,
     "checkpoint": 6.5,
     "start": 6.6,
     "run": 6.7,

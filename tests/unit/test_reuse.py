@@ -82,27 +82,6 @@ def test_boundaries_are_kept_and_released():
         assert torch.equal(grad, p.grad)
 
 
-@pytest.mark.parametrize("on_host", [True, False])
-def test_copies_to_pinned_memory_are_waited_for_before_they_are_read(on_host, monkeypatch):
-    lm = small()
-    inputs = install(lm, on_host=on_host)
-    model = PackedCausalLM(lm, 8, inputs).train()
-    inputs.start_scoring()
-    from slap_ds.scoring import Wants
-
-    scored = row(7, 5)
-    with torch.no_grad():
-        model(scored, "score", Wants())
-    happened = []
-    stream = type("Stream", (), {"synchronize": lambda self: happened.append("wait")})
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: True)  # as they are beside a GPU
-    monkeypatch.setattr(torch.cuda, "current_stream", stream)
-    cut = inputs._cut
-    monkeypatch.setattr(inputs, "_cut", lambda *x: happened.append("read") or cut(*x))
-    inputs.start_replay([scored])
-    assert happened == ["wait"] * on_host + ["read"] * 4
-
-
 def make_batch(n, seed):
     g = torch.Generator().manual_seed(seed)
     batch = ScoredBatch(torch.rand(n, generator=g) * 4, torch.randn(n, 8, generator=g))
