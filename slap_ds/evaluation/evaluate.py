@@ -15,7 +15,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,12 @@ def evaluate(subject: Subject, how: Answering) -> dict[str, Any]:
     config, out = subject.config, subject.out
     inputs = read_inputs(config)
     store, template = inputs.train, make_template(config.data.template, inputs.tokenizer)
+    earlier = _earlier(out)
+    if earlier and how.samples == 0:  # losses alone: the answers that are there stay
+        how = replace(how, max_new_tokens=earlier["settings"]["max_new_tokens"])
     settings = _settings(subject, template, how)
     key = _hash(settings)
-    predictions = _Predictions(out / "predictions.jsonl", key)
+    predictions = _Predictions(out / "predictions.jsonl", key, _changed(earlier, settings))
     positions = getattr(inputs.model_config.get_text_config(), "max_position_embeddings", None)
     questions, too_long = _questions(subject, store, template, how, positions)
 
@@ -86,9 +89,13 @@ def evaluate(subject: Subject, how: Answering) -> dict[str, Any]:
         "versions": _versions(),
         "data": {"paths": config.data.train, "fingerprint": store.fingerprint}
         | asdict(store.counts),
-        "loss": _known_losses(out, key, store) or _losses(subject, inputs.model_config, store),
+        "loss": _known_losses(earlier, key, store) or _losses(subject, inputs.model_config, store),
     }
     del inputs
+    if earlier and how.samples == 0:
+        result |= {"settings": earlier["settings"], "answers": earlier["answers"]}
+        write_json(out / "eval.json", result)
+        return result
     _answer(subject, questions, store, predictions, how)
     lines = predictions.finish(_line(q, store, predictions) for q in questions)
     result["answers"] = {
@@ -170,12 +177,26 @@ def _mean(turns: TurnLosses, where: Any) -> dict[str, Any]:
     }
 
 
-def _known_losses(out: Path, key: str, store: TokenStore) -> dict[str, Any] | None:
-    """The losses of an earlier start with the same model on the same data."""
+def _earlier(out: Path) -> dict[str, Any]:
+    """What an earlier start has left, or nothing."""
     path = out / "eval.json"
-    if not path.is_file():
-        return None
-    earlier = json.loads(path.read_text("utf-8"))
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
+
+
+def _changed(earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Which settings are others than those of an earlier start, in words."""
+    before = earlier.get("settings", {})
+    changed = [
+        f"{name} {before[name]!r}, not {value!r}"
+        for name, value in settings.items()
+        if name in before and before[name] != value
+    ]
+    return ", ".join(changed) or "another model or other settings"
+
+
+def _known_losses(earlier: Mapping[str, Any], key: str, store: TokenStore) -> dict[str, Any] | None:
+    """The losses of an earlier start with the same model on the same data."""
     if earlier.get("key") != key or earlier["loss"]["fingerprint"] != store.fingerprint:
         return None
     losses: dict[str, Any] = earlier["loss"]
@@ -244,7 +265,7 @@ def _listed(answers: object) -> list[str]:
 class _Predictions:
     """predictions.jsonl: lines are appended as answers come, and put in order at the end."""
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, changed: str) -> None:
         self.path = path
         self.key = key
         self.known: dict[int, dict[str, Any]] = {}
@@ -252,8 +273,8 @@ class _Predictions:
         for line in read_lines(path) if path.is_file() else []:
             if line["settings"] != key:
                 raise ValueError(
-                    f"{path} holds predictions of another model or under other settings: choose "
-                    "another --out, or move it away"
+                    f"{path} holds predictions with {changed}: choose another --out, or move it "
+                    "away"
                 )
             self.known[line["id"]] = line
         # A line cut short by a crash must not swallow the next one.

@@ -117,6 +117,17 @@ def test_a_run_is_evaluated(run, model, tmp_path, capsys):
     assert not list(tmp_path.glob(".model-*"))
 
 
+def test_losses_alone_leave_the_answers_that_are_there(model, tmp_path):
+    data = ("--data", DATA)
+    whole = evaluated(model, tmp_path, *data, "--samples", 1, "--max-new-tokens", 3)
+    written = (tmp_path / "predictions.jsonl").read_bytes()
+    again = evaluated(model, tmp_path, *data, "--samples", 0)
+    assert again["answers"] == whole["answers"]
+    assert again["settings"] == whole["settings"]
+    assert again["loss"] == whole["loss"]
+    assert (tmp_path / "predictions.jsonl").read_bytes() == written
+
+
 def test_the_exported_model_gives_the_same_and_the_same_again(run, model, tmp_path):
     limits = ("--samples", 2, "--max-new-tokens", 6)
     of_run = evaluated(run, tmp_path / "run", *limits)
@@ -363,7 +374,9 @@ def test_mistakes(run, model, tmp_path, capsys):
     arguments = ["eval", model, "--data", DATA, "--samples", 1, "--out", tmp_path / "out"]
     main([str(a) for a in [*arguments, "--max-new-tokens", 2]])
     before = (tmp_path / "out" / "predictions.jsonl").read_bytes()
-    assert "other settings" in fails(capsys, *arguments, "--max-new-tokens", 3)
+    assert "predictions with max_new_tokens 2, not 3: choose another --out" in fails(
+        capsys, *arguments, "--max-new-tokens", 3
+    )
     assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == before
     assert "all 4 prompts are too long" in fails(
         capsys, *arguments[:-1], tmp_path / "long", "--max-new-tokens", 512
