@@ -71,12 +71,16 @@ def load_config(path: str | None, fields: Mapping[str, Any] | None) -> Any:
         ValueError, FileNotFoundError: as `load_tokenizer`; fields that the architecture does not
             have or accept, or one that is no causal language model.
     """
-    if path is None:
-        assert fields is not None
-        config = _fresh_config(fields)
-    else:
+    if path is not None:
         config = _saved_config(path)
+        _check_causal(config)
+        return config
+    assert fields is not None
+    config = _fresh_config(fields)
+    # First, for fields of a decoder mean nothing to an encoder.
     _check_causal(config)
+    if unknown := list(_unknown_fields(config, fields, "model.config.")):
+        raise ValueError("; ".join(unknown))
     return config
 
 
@@ -99,21 +103,18 @@ def _fresh_config(fields: Mapping[str, Any]) -> Any:
         hint = _nearest(kind, CONFIG_MAPPING) or "expected llama, glm, qwen2, mistral, ..."
         raise ValueError(f"model.config: transformers has no model_type {kind!r}; {hint}")
     try:
-        config = AutoConfig.for_model(kind, **settings)
+        return AutoConfig.for_model(kind, **settings)
     except Exception as error:  # of many types: each config class checks its fields its own way
         # The last line has the cause, those before it the name of a validator.
         cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         cause = cause.strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
         raise ValueError(f"model.config: {kind} does not accept these values: {cause}") from None
-    if unknown := list(_unknown_fields(config, settings, "model.config.")):
-        raise ValueError("; ".join(unknown))
-    return config
 
 
 def _unknown_fields(config: Any, settings: Mapping[str, Any], prefix: str) -> Iterator[str]:
     """A line for each of `settings` that no model would read."""
     known = {field.name for field in dataclasses.fields(config)}
-    known |= {*(config.attribute_map or {}), *_READ_ANYWAY}
+    known |= {"model_type", *(config.attribute_map or {}), *_READ_ANYWAY}
     source = inspect.getsource(sys.modules[type(config).__module__])
     for key, value in settings.items():
         # Older names of fields are taken up under the new ones, by code that names them; what

@@ -52,6 +52,7 @@ def error(work, *arguments, **named):
         ({"model_type": "gpt2", "intermediate_size": 64}, "gpt2 has no such field"),
         ({"model_type": "lama"}, "no model_type 'lama'; did you mean 'llama'?"),
         ({"model_type": ["llama"]}, "no model_type ['llama']"),
+        ({"model_type": "bert", "num_key_value_heads": 2}, "bert lets tokens see"),
         ({"model_type": "t5"}, "no causal language model of model_type t5"),
         ({"hidden_size": 63}, "size (63) is not a multiple of the number of attention heads (32)"),
         ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
