@@ -50,7 +50,7 @@ soak: install-test
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --json benchmarks/results/soak.json
 
 test-nodes: install-test
-	$(BIN)/python -m pytest -m nodes tests/nodes
+	$(BIN)/python -m pytest -m "nodes and not faults" tests/nodes
 
 study: install-test
 	$(BIN)/slap-ds study configs/study/cpu.yaml --jobs $(JOBS)

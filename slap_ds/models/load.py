@@ -211,7 +211,7 @@ def load_model(
 
     Raises:
         ValueError: the architecture does not have this attention, its package is not installed, or
-            `path` holds no whole safetensors files.
+            `path` holds no whole safetensors files with all of this model's weights.
     """
     model_config.use_cache = False
     torch.manual_seed(seed)
@@ -221,13 +221,15 @@ def load_model(
         if path is not None:
             # A pickled model (.bin) could run code while it is read; safetensors cannot.
             with whole_files("model.path", path):
-                model = AutoModelForCausalLM.from_pretrained(
+                model, found = AutoModelForCausalLM.from_pretrained(
                     path,
                     config=model_config,
                     use_safetensors=True,
                     trust_remote_code=False,
+                    output_loading_info=True,
                     **settings,
                 )
+            _check_all_loaded(path, found)
         else:
             model = AutoModelForCausalLM.from_config(model_config, **settings)
     except ImportError as error:
@@ -253,6 +255,20 @@ def load_model(
     return model
 
 
+def _check_all_loaded(path: str, found: Mapping[str, Any]) -> None:
+    """transformers gives what it does not find fresh random values, with no more than a warning.
+
+    Raises:
+        ValueError: weights are missing in the files.
+    """
+    if lost := sorted(found["missing_keys"]):
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise ValueError(
+            f"model.path: the files at {path!r} lack {', '.join(lost[:3])}{more}: copy, download "
+            "or export the model again; a model without its output head cannot be trained here"
+        )
+
+
 @contextmanager
 def whole_files(what: str, path: str) -> Iterator[None]:
     """Reading the weights of the model at `path`, which `what` names.
@@ -265,6 +281,13 @@ def whole_files(what: str, path: str) -> Iterator[None]:
     except OSError as error:
         first = (str(error).strip().splitlines() or ["unreadable"])[0]
         raise ValueError(f"{what}: no model in safetensors files at {path!r}: {first}") from None
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"{what}: the weights at {path!r} have other shapes than its config.json says: they "
+            "are of another model"
+        ) from None
     except SafetensorError as error:
         raise ValueError(
             f"{what}: a safetensors file at {path!r} is cut off or damaged ({error}): copy, "

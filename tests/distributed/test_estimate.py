@@ -12,6 +12,8 @@ from slap_ds.models.load import load_config
 from tests.ranks import run_ranks
 from tests.recipes import tiny_config, tiny_model
 
+pytestmark = pytest.mark.slow
+
 CPU = {"device": "cpu", "pin_memory": False}
 # Of one bucket's or one parameter's size, which is nothing in a large model.
 SMALL = ("ipg_buckets", "temp_grad_buffer", "round_robin_bit16_meta")

@@ -65,7 +65,7 @@ def _gathered(engine) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
     return type(engine.optimizer).__name__, found
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_zero_1_with_float32_gradients_is_read_exported_and_resharded(world, model, tmp_path):
     config = zero1(tmp_path, model)
     kind, expected = run_ranks(_train_and_gather, world, config)[0]

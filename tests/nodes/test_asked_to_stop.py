@@ -8,7 +8,12 @@ import pytest
 
 from slap_ds import checkpoint
 
-pytestmark = [pytest.mark.nodes, pytest.mark.fault_row(13), pytest.mark.timeout(200)]
+pytestmark = [
+    pytest.mark.nodes,
+    pytest.mark.faults,
+    pytest.mark.fault_row(13),
+    pytest.mark.timeout(200),
+]
 ENDLESS = {"steps": 100_000, "engine": {"timeout_s": 60}}
 SCRIPTS = ["multi_node.sh", "openmpi.sh", "mpich.sh"]
 

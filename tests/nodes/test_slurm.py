@@ -34,6 +34,7 @@ def test_two_nodes_equal_one(starter, environ, lab, one_node):
     assert lab.result(name) == one_node
 
 
+@pytest.mark.faults
 @pytest.mark.fault_row(13)
 @pytest.mark.parametrize("starter", ["torchrun", "python", "deepspeed"])
 def test_usr1_before_the_time_is_up(starter, environ, lab):

@@ -5,10 +5,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slap_ds.models.load import load_config, load_model
-from tests.recipes import tiny_model
+from slap_ds.run import prepare
+from tests.ranks import run_ranks
+from tests.recipes import tiny_config, tiny_model
 
 SMALL = {
     "vocab_size": 50,
@@ -158,6 +161,37 @@ def test_weights_cut_off(size, tmp_path):
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is there")
+@pytest.mark.parametrize("stage3", [False, True])
+def test_weights_that_are_missing_or_of_another_model(stage3, tmp_path):
+    """Fresh random ones in their place would be trained without a word."""
+    whole = tiny_model(tmp_path / "whole", tie_word_embeddings=True)
+    wide = tiny_model(tmp_path / "wide", hidden_size=64)
+    weights = load_file(f"{whole}/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    shutil.copytree(whole, tmp_path / "holes")
+    save_file(weights, tmp_path / "holes/model.safetensors", {"format": "pt"})
+    shutil.copytree(whole, tmp_path / "mixed")
+    shutil.copy(f"{wide}/model.safetensors", tmp_path / "mixed")
+    kind = "deepspeed" if stage3 else "torch"
+    told = {}
+    for name in ("whole", "holes", "mixed"):
+        made = tiny_config(
+            str(tmp_path / name), tmp_path / f"run-{name}", engine={"kind": kind}, steps=1
+        )
+        (told[name],) = run_ranks(refusal, 1, made)
+    assert told["whole"] == ""
+    assert "lack model.layers.1.mlp.up_proj.weight: copy" in told["holes"]
+    assert "have other shapes than its config.json says" in told["mixed"]
+
+
+def refusal(config):
+    try:
+        prepare(config)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize(
     ("attention", "told"),
     [

@@ -393,8 +393,10 @@ store.build_store(["builtin:demo/eval"], format="auto", template=template, max_t
 """
 
 
-@pytest.mark.parametrize("setting", ["true", "false", None])
-@pytest.mark.parametrize("before", ["fresh", "used"])
+@pytest.mark.parametrize(
+    ("setting", "before"),
+    [("true", "fresh"), ("true", "used"), ("false", "fresh"), (None, "fresh")],
+)
 def test_threads_of_the_tokenizer_do_not_hang_the_child(
     setting: str | None, before: str, tmp_path: Path
 ) -> None:

@@ -236,6 +236,7 @@ def test_mistakes_are_one_line(tiny, tmp_path, capsys):
     assert str(caught.value).count("batch.candidate:") == 1  # once, not for every cell
 
 
+@pytest.mark.slow
 def test_a_terminated_study_takes_its_workers_along(tmp_path):
     raw = {**STUDY, "base": {"path": tiny_model(tmp_path / "model")}, "matched": []}
     raw |= {"overrides": {"steps": 100_000}, "matched_methods": [], "seconds_ratio": {}}
