@@ -109,7 +109,7 @@ def test_other_zero_stages_give_the_same(stage, models, tmp_path):
     assert max(abs(a - b) for a, b in zip(found, reference, strict=True)) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["llama", pytest.param("glm", marks=pytest.mark.slow)])
 def test_slap_picks_the_same_on_any_number_of_ranks(kind, models, tmp_path):
     reference = tiny_config(models[kind], tmp_path / "torch", engine={"kind": "torch"})
     expected_losses = losses(run_config(reference))
@@ -127,7 +127,7 @@ def test_slap_picks_the_same_on_any_number_of_ranks(kind, models, tmp_path):
     [
         ("torch", 1, "float32"),
         ("torch", 1, "bfloat16"),
-        ("deepspeed", 1, "float32"),
+        pytest.param("deepspeed", 1, "float32", marks=pytest.mark.slow),
         ("deepspeed", 2, "float32"),
     ],
 )

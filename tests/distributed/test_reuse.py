@@ -45,7 +45,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return whole_weights(checkpoint.find(run_dir)[-1].folder)
 
 
-@pytest.mark.parametrize("world", [0, 1, 2])
+@pytest.mark.parametrize("world", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_reuse_trains_the_same_bits_as_separate(form, world, models, tmp_path):
     """Loss curve, gradient norms and final weights, several packed rows a step."""

@@ -161,7 +161,7 @@ def test_weights_cut_off(size, tmp_path):
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is there")
-@pytest.mark.parametrize("stage3", [False, True])
+@pytest.mark.parametrize("stage3", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_weights_that_are_missing_or_of_another_model(stage3, tmp_path):
     """Fresh random ones in their place would be trained without a word."""
     whole = tiny_model(tmp_path / "whole", tie_word_embeddings=True)

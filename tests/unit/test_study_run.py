@@ -158,6 +158,7 @@ def test_finished_cells_are_not_run_again(tiny):
     assert losses(read_lines(again / "metrics.jsonl")) == losses(changed)
 
 
+@pytest.mark.slow
 def test_what_was_made_of_other_things_is_not_finished(tmp_path, caplog):
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"{n} + 1 =", "completion": str(n + 1)} for n in range(24)]

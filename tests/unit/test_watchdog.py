@@ -113,6 +113,7 @@ def test_a_save_may_take_longer_than_any_limit_while_it_gets_on(
     assert newest(tmp_path, Comm()).step == 1
 
 
+@pytest.mark.slow
 def test_a_frozen_process_is_not_ended_for_its_own_pause(tmp_path):
     """It gets the whole limit again once it runs."""
     beats = "dog.heart.limit_s = 2.0"
