@@ -10,6 +10,7 @@ because nobody could say how many rows went with it.
 
 import glob
 import gzip
+import hashlib
 import json
 import re
 import zlib
@@ -46,6 +47,28 @@ class Source:
     label: str
     files: tuple[Path, ...]
     dataset: Any = None
+
+
+def source_facts(sources: Sequence[Source]) -> list[list[Any]]:
+    """What decides the rows of each source: its label (their default `source`), the SHA-256 of its
+    files, and of a data set which part of them it is. Where the files lie does not count."""
+    return [
+        [
+            source.label,
+            [file_sha256(file) for file in source.files],
+            None if source.dataset is None else source.dataset._fingerprint,
+        ]
+        for source in sources
+    ]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _summary(error: Exception) -> str:

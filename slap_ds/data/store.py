@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from slap_ds.data.formats import Conversation, Reject, read_sources
 from slap_ds.data.guard import Place, guarded
-from slap_ds.data.sources import Limits, Source, find_sources
+from slap_ds.data.sources import Limits, Source, file_sha256, find_sources, source_facts
 from slap_ds.data.templates import Encoded, Template
 
 logger = logging.getLogger(__name__)
@@ -196,14 +196,6 @@ def build_store(
     return store
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _key(
     sources: Sequence[Source],
     format: str,
@@ -213,17 +205,8 @@ def _key(
     limits: Limits,
 ) -> str:
     """Name of the cache folder: a hash of all that decides the store's content."""
-    data = [
-        # The label is part of the rows (their default `source`); where the file lies is not.
-        [
-            source.label,
-            [_sha256(file) for file in source.files],
-            source.dataset._fingerprint if source.dataset is not None else None,
-        ]
-        for source in sources
-    ]
     rules = [max_tokens, over_length, asdict(limits)]
-    parts = [STORE_VERSION, data, format, template.fingerprint(), *rules]
+    parts = [STORE_VERSION, source_facts(sources), format, template.fingerprint(), *rules]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -371,7 +354,7 @@ def _write(
         )
     for name, kind in COLUMNS.items():
         np.array(columns[name], dtype=kind).tofile(folder / f"{name}.bin")
-    content = [_sha256(folder / f"{name}.bin") for name in ("tokens", "mask", *COLUMNS)]
+    content = [file_sha256(folder / f"{name}.bin") for name in ("tokens", "mask", *COLUMNS)]
     named = {label: list(codes) for label, codes in names.items()}
     files = sorted(folder.iterdir())
     manifest = {

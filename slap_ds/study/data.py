@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from slap_ds.data.formats import Conversation, Message, Reject, read_sources
-from slap_ds.data.sources import find_sources
-from slap_ds.study.keys import source_facts
+from slap_ds.data.sources import find_sources, source_facts
 from slap_ds.study.plan import PLAIN, Study, Variant, data_file
 
 Rows = list[Conversation]

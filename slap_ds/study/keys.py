@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slap_ds.config import Config
-from slap_ds.data.sources import Source, find_sources
+from slap_ds.data.sources import file_sha256, find_sources, source_facts
 
 # Above it a file counts by size and time: hashing a large model would take minutes at every start.
 LARGE_BYTES = 2**26
@@ -53,19 +52,6 @@ class Keys:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def source_facts(sources: Sequence[Source]) -> list[Any]:
-    """What decides the rows of each source: its label, the bytes of its files, and of a data set
-    also which part of them it is."""
-    return [
-        [
-            source.label,
-            [_digest(file) for file in source.files],
-            None if source.dataset is None else source.dataset._fingerprint,
-        ]
-        for source in sources
-    ]
-
-
 def path_facts(path: str | None) -> Any:
     """What a file or a folder's files hold; of anything else (a hub's name) the text itself."""
     found = Path(path or "").expanduser()
@@ -79,12 +65,4 @@ def path_facts(path: str | None) -> Any:
 
 def _mark(path: Path) -> Any:
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns] if stat.st_size > LARGE_BYTES else _digest(path)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return [stat.st_size, stat.st_mtime_ns] if stat.st_size > LARGE_BYTES else file_sha256(path)

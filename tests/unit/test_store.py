@@ -82,7 +82,7 @@ class Broken(Template):
         return TEMPLATE.encode_batch(conversations)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        raise NotImplementedError
+        return TEMPLATE.encode_prompt(messages)
 
 
 def test_a_store_holds_what_the_template_gives(tmp_path: Path) -> None:
