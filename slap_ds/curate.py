@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -37,13 +36,10 @@ from slap_ds.run import Inputs, Run, prepare, read_inputs
 from slap_ds.scoring import Scorer
 from slap_ds.selection import ScoredBatch
 from slap_ds.selection.strata import assign_strata
-from slap_ds.start import OtherRankFailed
+from slap_ds.start import while_others_wait
 from slap_ds.step import train_step
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-# How often rank 0 tells the others that it still writes, seconds; far less than any time-out.
-SAID_S = 2.0
-GOES_ON, DONE, FAILED = range(3)
 
 Kept = dict[int, dict[str, Any]]  # position in the store -> what `slap` says of the row
 
@@ -67,16 +63,13 @@ def curate(config: Config, out: Path, comm: Comm) -> tuple[int, int] | None:
         # What cannot be written should cost no scoring: every rank tries the first row.
         _line(next(_origins(run.config, run.inputs)).row, {})
         kept = _picked(run)
-        if comm.rank != 0:
-            _wait(run)
-            return None
-        try:
-            written = _write(run.config, run.inputs, kept, out, _now_and_then(run))
-        except (ValueError, OSError):
-            _say(run, FAILED)
-            raise
-        _say(run, DONE)
-        return written, len(run.inputs.train)
+        written = while_others_wait(
+            comm,
+            "the curated data",
+            comm.rank == 0,
+            lambda tell: _write(run.config, run.inputs, kept, out, tell),
+        )
+        return None if written is None else (written, len(run.inputs.train))
     finally:
         if comm.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -204,31 +197,6 @@ def _position(store: TokenStore, sample_id: int, path: Path) -> int:
     return position
 
 
-def _say(run: Run, what: int) -> int:
-    """What rank 0 says of its writing, on every rank."""
-    return int(run.comm.exchange(run.step, "the curated data", [what])[0, 0])
-
-
-def _now_and_then(run: Run) -> Callable[[], None]:
-    """For the writing loop: whoever waits in an exchange for longer gives up."""
-    said = time.monotonic()
-
-    def beat() -> None:
-        nonlocal said
-        if time.monotonic() - said > SAID_S:
-            _say(run, GOES_ON)
-            said = time.monotonic()
-
-    return beat
-
-
-def _wait(run: Run) -> None:
-    while (said := _say(run, GOES_ON)) == GOES_ON:
-        pass
-    if said == FAILED:
-        raise OtherRankFailed("rank 0 could not write the curated data")
-
-
 def _origins(config: Config, inputs: Inputs) -> Iterator[Origin]:
     data = config.data
     return reread(
@@ -247,12 +215,12 @@ def _write(
     inputs: Inputs,
     kept: Mapping[int, Any],
     out: Path,
-    beat: Callable[[], None] = lambda: None,
+    tell: Callable[[int], None] = lambda rows: None,
 ) -> int:
     written = 0
     with _replaced(out) as file:
-        for origin in _origins(config, inputs):
-            beat()
+        for number, origin in enumerate(_origins(config, inputs)):
+            tell(number)
             if origin.position in kept:
                 file.write(_line(origin.row, kept[origin.position]) + "\n")
                 written += 1

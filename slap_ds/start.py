@@ -20,6 +20,7 @@ from slap_ds.engine import RankError
 from slap_ds.mistakes import mistake
 
 T = TypeVar("T")
+Tell = Callable[[int], None]
 
 _DONE, _FAILED, _WORKING = 0, 1, 2
 _TELL_EVERY_S = 5.0
@@ -73,8 +74,21 @@ def _holds(path: Path, text: str) -> bool:
         return False
 
 
-def first_on_each_node(comm: Comm, phase: str, work: Callable[[Callable[[int], None]], T]) -> T:
+def first_on_each_node(comm: Comm, phase: str, work: Callable[[Tell], T]) -> T:
     """Run `work(tell)` on a rank of each node, then on the others, which find its results on disk.
+
+    Raises: as `while_others_wait`.
+    """
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    before = while_others_wait(comm, phase, first, work)
+    after = while_others_wait(comm, phase, not first, work)
+    result = before if first else after
+    assert result is not None
+    return result
+
+
+def while_others_wait(comm: Comm, phase: str, works: bool, work: Callable[[Tell], T]) -> T | None:
+    """Run `work(tell)` on the ranks where `works`; the others wait for all of them, and get None.
 
     `work` calls `tell(rows)` as it gets on. Now and then all ranks exchange that: no time-out ends
     the waiting ones, however long the work takes, as long as it goes on.
@@ -83,7 +97,6 @@ def first_on_each_node(comm: Comm, phase: str, work: Callable[[Callable[[int], N
         RankError: `work` met a mistake on this rank.
         OtherRankFailed: it did so on another one, which reports it.
     """
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     result, failure = None, None
     told = time.monotonic()
 
@@ -96,22 +109,19 @@ def first_on_each_node(comm: Comm, phase: str, work: Callable[[Callable[[int], N
             if (comm.exchange(-1, phase, [_WORKING]) == _FAILED).any():
                 raise OtherRankFailed(f"{phase}: another rank failed")
 
-    for turn in (True, False):
-        if first == turn:
-            try:
-                result = work(tell)
-            except Exception as error:
-                failure = error
-        while True:
-            states = comm.exchange(-1, phase, [_DONE if failure is None else _FAILED])[:, 0]
-            if not (states == _WORKING).any():
-                break
-        failed = states == _FAILED
-        if isinstance(failure, (ValueError, OSError)) and comm.world > 1:
-            raise RankError(mistake(failure) or str(failure)) from failure
-        if failure is not None:
-            raise failure
-        if failed.any():
-            raise OtherRankFailed(f"{phase}: ranks {failed.nonzero()[0].tolist()} failed")
-    assert result is not None
+    if works:
+        try:
+            result = work(tell)
+        except Exception as error:
+            failure = error
+    while True:
+        states = comm.exchange(-1, phase, [_DONE if failure is None else _FAILED])[:, 0]
+        if not (states == _WORKING).any():
+            break
+    if isinstance(failure, (ValueError, OSError)) and comm.world > 1:
+        raise RankError(mistake(failure) or str(failure)) from failure
+    if failure is not None:
+        raise failure
+    if (failed := (states == _FAILED).nonzero()[0]).size:
+        raise OtherRankFailed(f"{phase}: ranks {failed.tolist()} failed")
     return result

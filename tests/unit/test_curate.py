@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from slap_ds import curate as curate_module
+from slap_ds import start
 from slap_ds.cli import main
 from slap_ds.comm import Comm
 from slap_ds.curate import curate
@@ -23,7 +24,7 @@ from slap_ds.data.sources import Limits
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
 from slap_ds.engine import start_ranks
-from slap_ds.engine.ranks import limit_waiting
+from slap_ds.engine.ranks import RankError, limit_waiting
 from slap_ds.metrics import read_lines
 from slap_ds.run import read_inputs
 from slap_ds.start import OtherRankFailed
@@ -305,11 +306,11 @@ def writes_slowly(config, out, broken):
             raise OSError("no space left")
         return line(row, slap)
 
-    curate_module.SAID_S = 0.2
+    start._TELL_EVERY_S = 0.2
     curate_module._picked, curate_module._line = scored_then_impatient, slow_line
     try:
         return curate(config, out, comm)
-    except (OSError, OtherRankFailed) as error:
+    except (RankError, OtherRankFailed) as error:
         return type(error).__name__
 
 
@@ -318,7 +319,7 @@ def writes_slowly(config, out, broken):
 def test_ranks_wait_for_a_writer_that_outlasts_their_time_out(broken, model, tmp_path, data):
     config, _ = make(model, tmp_path, data, engine={"kind": "deepspeed"})
     results = run_ranks(writes_slowly, 2, config, tmp_path / "kept.jsonl", broken)
-    assert results == (["OSError", "OtherRankFailed"] if broken else [(60, 100), None])
+    assert results == (["RankError", "OtherRankFailed"] if broken else [(60, 100), None])
     assert (tmp_path / "kept.jsonl").exists() != broken
 
 
