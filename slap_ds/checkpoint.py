@@ -31,8 +31,6 @@ from slap_ds.engine import Engine
 from slap_ds.tensor_files import FileFact, TensorWriter, file_fact, sync
 
 FOLDER = re.compile(r"step-(\d{6,12})")
-# Facts in which a run may differ from its checkpoint with checkpoint.reshard.
-RESHARDED = ("engine", "zero_stage")
 TAG = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -387,52 +385,6 @@ def load(checkpoint: Checkpoint, engine: Engine, comm: Comm) -> dict[str, Any]:
     else:
         engine.load_whole(checkpoint.folder)
     return state
-
-
-def check_matches(
-    checkpoint: Checkpoint, world: int, facts: Mapping[str, Any], reshard: bool = False
-) -> None:
-    """Refuse a checkpoint that this run cannot continue from, before any model is built.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    saved = checkpoint.manifest
-    if saved["world_size"] != world and not reshard:
-        raise ValueError(
-            f"{checkpoint.folder} was saved by {saved['world_size']} ranks, this run has {world}: "
-            f"start {saved['world_size']} ranks, set checkpoint.reshard, or start a fresh run in "
-            "another run_dir"
-        )
-    for name, value in facts.items():
-        if (name in RESHARDED and reshard) or saved.get(name, value) == value:
-            continue
-        what = f"with {name} = {saved.get(name)}, this run has {value}"
-        if name == "data_fingerprint":  # two hashes tell nobody anything
-            what = "on other training data (data, template, tokenizer, max_tokens or their limits)"
-        raise ValueError(
-            f"{checkpoint.folder} was saved {what}: resume with what it was saved with, or start "
-            "in another run_dir"
-        )
-
-
-def changed_settings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """{dotted key: [in the checkpoint, now]} of what was set otherwise when it was saved.
-
-    Where a run lies, what it saves and how it evaluates are left out: they train nothing.
-    """
-    before, now = _flat(checkpoint.manifest.get("config") or config), _flat(config)
-    keys = [k for k in now if k.split(".")[0] not in ("run_dir", "checkpoint", "evaluation")]
-    return {k: [before[k], now[k]] for k in keys if k in before and before[k] != now[k]}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
 
 
 def _folders(run_dir: Path) -> list[Path]:

@@ -27,20 +27,10 @@ from slap_ds.deepspeed_json import resolve_deepspeed
 from slap_ds.engine import Engine, make_engine, start_ranks, write_deepspeed
 from slap_ds.models.load import check_fit, check_window, load_config, load_tokenizer
 from slap_ds.models.reuse import host_boundary_bytes
+from slap_ds.resume import changed_settings, check_matches, facts_of
 from slap_ds.scoring import Scorer, ScoringPlan, Wants
 from slap_ds.selection import Course, Selector, make_selector
 from slap_ds.start import check_shared, first_on_each_node
-
-# What a checkpoint's weights and a model must have in common.
-_SHAPE = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
 
 
 @dataclass
@@ -101,7 +91,7 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to fit."""
-        return _facts(self.config, self.inputs)
+        return facts_of(self.config, self.inputs.model_config, self.inputs.train.fingerprint)
 
 
 def prepare(
@@ -127,8 +117,8 @@ def prepare(
     comm.agree(-1, "the training data", inputs.train.fingerprint)
     stream, scorer, selector = make_parts(config, inputs.train)
     if newest is not None:
-        facts, reshard = _facts(config, inputs), config.checkpoint.reshard
-        checkpoints.check_matches(newest, comm.world, facts, reshard)
+        facts = facts_of(config, inputs.model_config, inputs.train.fingerprint)
+        check_matches(newest, comm.world, facts, config.checkpoint.reshard)
     comm.heart.beat("building the engine")
     engine = make_engine(config, inputs.model_config, comm)
     run = Run(config, comm, inputs, engine, stream, scorer, selector)
@@ -143,7 +133,7 @@ def prepare(
         selector.load_state_dict(state["selector"])
         run.totals = dict(state["totals"])
         run.owes_evaluation = bool(state.get("owes_evaluation"))
-        run.changed = checkpoints.changed_settings(newest, config.model_dump(mode="json"))
+        run.changed = changed_settings(newest, config.model_dump(mode="json"))
     check_isolation(engine, inputs.model_config, config.model.attention)
     comm.agree(run.start_step, "the checkpoint to resume from", str(run.start_step))
     if comm.rank == 0:
@@ -311,23 +301,6 @@ def budget_at(step: int, steps: int, candidates: int, config: Config, selector: 
     if warm or cool:
         return candidates
     return selector.budget(step, steps, candidates, selection.keep)
-
-
-def _facts(config: Config, inputs: Inputs) -> dict[str, Any]:
-    lora, text = config.model.lora, inputs.model_config.get_text_config()
-    stage = None
-    if config.engine.kind == "deepspeed":
-        settings = resolve_deepspeed(config, 1, text.hidden_size)
-        stage = settings["zero_optimization"].get("stage", 0)
-    return {
-        "engine": config.engine.kind,
-        "zero_stage": stage,
-        "model": {name: getattr(text, name, None) for name in _SHAPE},
-        "model.dtype": config.model.dtype,
-        "data_fingerprint": inputs.train.fingerprint,
-        "seed": config.seed,
-        "model.lora": None if lora is None else lora.model_dump(mode="json"),
-    }
 
 
 def _cache_dir(config: Config) -> Path:

@@ -13,6 +13,7 @@ import torch
 from slap_ds import checkpoint
 from slap_ds.comm import Comm
 from slap_ds.config import Config
+from slap_ds.resume import check_matches
 from slap_ds.whole_state import open_whole, whole_weights
 from tests.faults.kill_saves import kill_saves
 from tests.ranks import run_ranks
@@ -207,4 +208,4 @@ def test_other_ranks_are_refused_without_reshard(model, tmp_path):
     on_ranks(config, 2)
     found = checkpoint.newest(tmp_path / "run", Comm())
     with pytest.raises(ValueError, match=r"saved by 2 ranks, this run has 1.*checkpoint.reshard"):
-        checkpoint.check_matches(found, 1, {})
+        check_matches(found, 1, {})

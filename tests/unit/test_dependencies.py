@@ -16,6 +16,7 @@ BETWEEN = {
     "watchdog": 4.5,
     "pass_on": 4.6,
     "checkpoint": 6.5,
+    "resume": 6.6,
     "start": 6.6,
     "run": 6.7,
     "evaluation": 6.8,
