@@ -81,6 +81,10 @@ class TorchEngine(Engine):
         pairs = zip(trainable(self.model), self.masters, strict=True)
         return ((weight, master) for weight, master in pairs if weight is not master)
 
+    def _names(self) -> list[str]:
+        """transformers' names of the trained weights, in the order of `trainable`."""
+        return [name for name, p in self.model.lm.named_parameters() if p.requires_grad]
+
     def _named_masters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """By every name: a tied weight has two."""
         master_of = dict(zip(trainable(self.model), self.masters, strict=True))
@@ -93,16 +97,14 @@ class TorchEngine(Engine):
         frozen = {n for n, p in self.model.lm.named_parameters() if not p.requires_grad}
         model = {n: v for n, v in self.model.lm.state_dict().items() if n not in frozen}
         model |= {name: master.detach() for name, master in self._named_masters()}
-        names = [name for name, p in self.model.lm.named_parameters() if p.requires_grad]
-        state = {"model": model, "optimizer": self.optimizer.state_dict(), "names": names}
+        state = {"model": model, "optimizer": self.optimizer.state_dict(), "names": self._names()}
         writer.write(state, folder / "torch.pt")
 
     def load(self, folder: Path) -> None:
         state = read_tensors(folder / "torch.pt")
         problem = self.model.lm.load_state_dict(state["model"], strict=False)
-        trained = {name for name, p in self.model.lm.named_parameters() if p.requires_grad}
         assert not problem.unexpected_keys, problem
-        assert not trained & set(problem.missing_keys), problem
+        assert not set(self._names()) & set(problem.missing_keys), problem
         with torch.no_grad():
             for name, master in self._named_masters():
                 master.copy_(state["model"][name])
@@ -110,13 +112,10 @@ class TorchEngine(Engine):
 
     def load_whole(self, folder: Path) -> None:
         whole = open_whole(folder)
-        master_of = dict(zip(trainable(self.model), self.masters, strict=True))
+        weights = trainable(self.model)
         with torch.no_grad():
             self._load_buffers(whole.others)
-            for name, parameter in self.model.lm.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                master = master_of[parameter]
+            for name, parameter, master in zip(self._names(), weights, self.masters, strict=True):
                 master.copy_(whole.tensor(name, "fp32"))
                 parameter.copy_(master)
                 state: dict[str, Tensor] = {"step": torch.tensor(whole.step)}

@@ -86,11 +86,11 @@ def take_gpu(local_rank: int) -> None:
     """Make the GPU of this rank's own number the current one, which DeepSpeed expects too.
 
     Raises:
-        ValueError: this process does not see as many.
+        RankError: this process does not see as many; others may.
     """
     seen = torch.cuda.device_count()
     if local_rank >= seen:
-        raise ValueError(
+        raise RankError(
             f"local rank {local_rank} sees {seen} GPU{'s' * (seen != 1)} (CUDA_VISIBLE_DEVICES is "
             f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): let every rank see all GPUs of "
             "its node (Slurm: --gpus-per-node, not --gpus-per-task or --gpu-bind), and start no "

@@ -93,7 +93,7 @@ def test_a_mistake_on_one_node_ends_the_work_of_the_others(tmp_path):
 def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with pytest.raises(ValueError, match=r"local rank 3 sees 1 GPU \(CUDA_VISIBLE_DEVICES is 3\)"):
+    with pytest.raises(RankError, match=r"local rank 3 sees 1 GPU \(CUDA_VISIBLE_DEVICES is 3\)"):
         take_gpu(3)
 
 
