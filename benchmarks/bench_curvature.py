@@ -29,12 +29,13 @@ import numpy as np
 import torch
 
 from slap_ds.bench.environment import describe
-from slap_ds.config_file import read_config
+from slap_ds.config.file import read_config
 from slap_ds.data.batch import CandidateBatch
-from slap_ds.run import Run, budget_at, prepare
 from slap_ds.scoring import Scorer, Scores
 from slap_ds.selection import select
-from slap_ds.step import train_step
+from slap_ds.train.run import Run, prepare
+from slap_ds.train.schedule import budget_at
+from slap_ds.train.step import train_step
 
 ALL = "all tokens"
 CONTESTANTS: dict[str, dict[str, Any]] = {

@@ -29,16 +29,16 @@ import numpy as np
 import torch
 
 from slap_ds.bench.environment import describe
-from slap_ds.comm import Comm
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
+from slap_ds.distributed.comm import Comm
+from slap_ds.distributed.heart import Heart
+from slap_ds.distributed.watchdog import Watchdog, watch
 from slap_ds.engine import start_ranks, stop_ranks
-from slap_ds.launch_env import rank_said
-from slap_ds.peers import Heart
-from slap_ds.run import prepare
+from slap_ds.launch.environment import rank_said
 from slap_ds.selection import Selection
-from slap_ds.step import train_step
-from slap_ds.watchdog import Watchdog, watch
+from slap_ds.train.run import prepare
+from slap_ds.train.step import train_step
 
 
 def main() -> None:

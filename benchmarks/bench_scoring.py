@@ -27,7 +27,7 @@ import torch
 from memory import peak_bytes
 
 from slap_ds.bench.environment import describe
-from slap_ds.config import ScoringConfig
+from slap_ds.config.schema import ScoringConfig
 from slap_ds.data.packing import Candidate, PackedRow, pack
 from slap_ds.models.causal import (
     PackedCausalLM,

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from slap_ds.bench.environment import describe
-from slap_ds.comm import Comm
+from slap_ds.distributed.comm import Comm
 from slap_ds.estimate import Hardware
 from slap_ds.ops import farthest_point, nearest_squared
 from slap_ds.scoring import Scores

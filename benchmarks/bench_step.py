@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from slap_ds.bench.environment import describe
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import stop_ranks
 from slap_ds.models.causal import block_flops, head_flops
-from slap_ds.run import Run, prepare
 from slap_ds.scoring import Wants
-from slap_ds.step import train_step
+from slap_ds.train.run import Run, prepare
+from slap_ds.train.step import train_step
 
 PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimizer")
 ROOT = Path(__file__).parents[1]

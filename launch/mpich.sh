@@ -15,7 +15,7 @@
 set -euo pipefail
 : "${HOSTFILE:=hosts}" "${MASTER_PORT:=29500}" "${IFNAME:=}" "${PASS:=}" "${MPIEXEC:=mpiexec}"
 
-found=$(python -m slap_ds.launch_env "$HOSTFILE")
+found=$(python -m slap_ds.launch.environment "$HOSTFILE")
 read -r first ranks <<<"$found"
 export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
 
@@ -36,5 +36,5 @@ for name in MASTER_ADDR MASTER_PORT PATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCE
   if [ -n "${!name:-}" ]; then options+=(-genv "$name" "${!name}"); fi
 done
 
-exec python -m slap_ds.pass_on USR1 "$MPIEXEC" "${options[@]}" \
+exec python -m slap_ds.launch.forward_signal USR1 "$MPIEXEC" "${options[@]}" \
   "$(command -v python)" -u -m slap_ds train "$@"

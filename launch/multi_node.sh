@@ -17,7 +17,7 @@ set -euo pipefail
 : "${HOSTFILE:=hosts}" "${MASTER_PORT:=29500}" "${IFNAME:=}" "${PASS:=}" "${SSH_LOST_S:=15}"
 
 # deepspeed takes a hostfile it cannot find for one that says: this machine only.
-found=$(python -m slap_ds.launch_env "$HOSTFILE")
+found=$(python -m slap_ds.launch.environment "$HOSTFILE")
 read -r first ranks <<<"$found"
 echo "$ranks ranks, rank 0 on $first" >&2
 if [ -n "$IFNAME" ]; then export NCCL_SOCKET_IFNAME=$IFNAME GLOO_SOCKET_IFNAME=$IFNAME; fi
@@ -36,7 +36,7 @@ for name in PATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCELERATOR TORCH_EXTENSIONS
 done
 export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=$((SSH_LOST_S / 3)) -o ServerAliveCountMax=2"
 
-exec python -m slap_ds.pass_on TERM \
+exec python -m slap_ds.launch.forward_signal TERM \
   deepspeed --quiet --force_multi --hostfile "$HOSTFILE" --launcher pdsh \
   --master_addr "${MASTER_ADDR:-$first}" --master_port "$MASTER_PORT" \
   --module slap_ds train "$@"

@@ -15,7 +15,7 @@
 set -euo pipefail
 : "${HOSTFILE:=hosts}" "${MASTER_PORT:=29500}" "${IFNAME:=}" "${PASS:=}" "${MPIRUN_ARGS:=}"
 
-found=$(python -m slap_ds.launch_env "$HOSTFILE")
+found=$(python -m slap_ds.launch.environment "$HOSTFILE")
 read -r first ranks <<<"$found"
 export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
 
@@ -34,5 +34,5 @@ for name in MASTER_ADDR MASTER_PORT PATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCE
 done
 
 # shellcheck disable=SC2086  # MPIRUN_ARGS is a list of words
-exec python -m slap_ds.pass_on USR1 mpirun "${options[@]}" $MPIRUN_ARGS \
+exec python -m slap_ds.launch.forward_signal USR1 mpirun "${options[@]}" $MPIRUN_ARGS \
   "$(command -v python)" -u -m slap_ds train "$@"

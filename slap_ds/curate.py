@@ -22,22 +22,23 @@ from typing import IO, Any
 
 import torch
 
-from slap_ds.comm import Comm
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.data.reread import Origin, reread
 from slap_ds.data.sources import Limits
 from slap_ds.data.store import POSITION_BITS, TokenStore
 from slap_ds.data.templates import make_template
+from slap_ds.distributed.comm import Comm
+from slap_ds.distributed.startup import while_others_wait
 from slap_ds.engine import TrainStats
-from slap_ds.evaluation.pass_ import sum_pass
-from slap_ds.metrics import read_lines
-from slap_ds.run import Inputs, Run, prepare, read_inputs
+from slap_ds.jsonl import read_lines
 from slap_ds.scoring import Scorer
 from slap_ds.selection import ScoredBatch
 from slap_ds.selection.strata import assign_strata
-from slap_ds.start import while_others_wait
-from slap_ds.step import train_step
+from slap_ds.train.inputs import Inputs, read_inputs
+from slap_ds.train.run import Run, prepare
+from slap_ds.train.score_pass import sum_pass
+from slap_ds.train.step import train_step
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 

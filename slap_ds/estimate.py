@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from slap_ds.config import Config, LoraConfig
-from slap_ds.deepspeed_json import resolve_deepspeed
+from slap_ds.config.deepspeed import resolve_deepspeed
+from slap_ds.config.schema import Config, LoraConfig
 from slap_ds.models.causal import block_flops, block_parameters, head_flops, trainable
 from slap_ds.models.lora import add_adapter
 from slap_ds.models.reuse import host_boundary_bytes, pinned_bytes

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 
-from slap_ds.config_file import read_config
+from slap_ds.config.file import read_config
 from slap_ds.estimate import Hardware, Shape, estimate
-from tests.unit.test_recipes import RECIPES, REPO, meta_model
+from tests.config.test_recipes import RECIPES, REPO, meta_model
 
 SAMPLE_TOKENS = 512
 CANDIDATES_PER_GPU = 32

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from slap_ds.config import Config
-from slap_ds.metrics import read_lines
+from slap_ds.config.schema import Config
+from slap_ds.jsonl import read_lines
 
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -72,8 +72,8 @@ def tiny_config(path: str, run_dir: Path, **sections: Any) -> Config:
 
 def run_config(config: Config) -> list[dict[str, Any]]:
     """Train it in this process (a rank of a started group, or alone); returns the metrics."""
-    from slap_ds.run import prepare
-    from slap_ds.trainer import train
+    from slap_ds.train.loop import train
+    from slap_ds.train.run import prepare
 
     torch.manual_seed(123)  # nothing may depend on the global generator
     train(prepare(config))

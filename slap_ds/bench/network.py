@@ -10,8 +10,8 @@ import socket
 import statistics
 from typing import Any
 
-from slap_ds.comm import Comm
-from slap_ds.config import Config, EngineConfig
+from slap_ds.config.schema import Config, EngineConfig
+from slap_ds.distributed.comm import Comm
 from slap_ds.engine import start_ranks
 
 _SMALL, _REPEATS, _LARGE_REPEATS = 8, 50, 5

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slap_ds.launch_env import read_hostfile
+from slap_ds.launch.environment import read_hostfile
 
 
 def sweep_nodes(

@@ -7,10 +7,10 @@ from typing import cast
 
 import numpy as np
 
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.data.store import LABELS, Counts, Sample, TokenStore
 from slap_ds.models.load import load_config
-from slap_ds.run import Inputs
+from slap_ds.train.inputs import Inputs
 
 
 class RandomStore(TokenStore):

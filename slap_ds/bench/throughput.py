@@ -19,15 +19,16 @@ import torch
 
 from slap_ds.bench.peak import measured_peak, peak_of
 from slap_ds.bench.random_data import random_inputs
-from slap_ds.config import Config
-from slap_ds.config_file import validated
+from slap_ds.config.file import validated
+from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import logged_collectives
-from slap_ds.metrics import JsonLines
+from slap_ds.jsonl import JsonLines
 from slap_ds.models.causal import block_flops, head_flops
-from slap_ds.run import Inputs, Run, prepare
 from slap_ds.selection import Selection
-from slap_ds.step import train_step
+from slap_ds.train.inputs import Inputs
+from slap_ds.train.run import Run, prepare
+from slap_ds.train.step import train_step
 
 PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimizer")
 # Settings that a sweep changes on the same engine, so that the points share their weights.

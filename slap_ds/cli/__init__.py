@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from slap_ds import __version__
 from slap_ds.cli import bench, cluster, evaluation, evidence, models, training
 from slap_ds.cli.common import fail
-from slap_ds.mistakes import mistake
+from slap_ds.errors import mistake
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,9 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if (text := mistake(error)) is not None:
             fail(text)
-        from slap_ds.comm import RankDisagreement
-        from slap_ds.engine import RankError
-        from slap_ds.start import OtherRankFailed
+        from slap_ds.distributed.comm import RankDisagreement
+        from slap_ds.errors import OtherRankFailed, RankError
 
         if isinstance(error, OtherRankFailed):
             sys.exit(1)

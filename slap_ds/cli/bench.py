@@ -61,7 +61,7 @@ def _throughput(options: argparse.Namespace, rest: list[str]) -> None:
         raise ValueError("--hostfile and --launcher are for --sweep nodes")
     from slap_ds.bench.environment import describe
     from slap_ds.bench.throughput import Data, throughput
-    from slap_ds.config_file import read_config
+    from slap_ds.config.file import read_config
     from slap_ds.engine import stop_ranks
 
     config = read_config(options.config, rest)

@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
 def _launch(options: argparse.Namespace, rest: list[str]) -> None:
     from pathlib import Path
 
-    from slap_ds.supervise import Options, supervise
+    from slap_ds.launch.supervise import Options, supervise
 
     command = options.launcher[1:] if options.launcher[:1] == ["--"] else options.launcher
     if not command:
@@ -67,7 +67,7 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from slap_ds.doctor import examine, report
+    from slap_ds.doctor.checks import examine, report
 
     found = examine(options.hostfile, options.run_dir, measure=options.network)
     if options.json:
@@ -86,7 +86,7 @@ def _estimate(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from slap_ds.config_file import read_config
+    from slap_ds.config.file import read_config
     from slap_ds.estimate import Hardware, Shape, estimate
     from slap_ds.models.load import load_config
 

@@ -8,7 +8,7 @@ import re
 import sys
 from typing import NoReturn, TypeAlias
 
-from slap_ds.launch_env import rank_said
+from slap_ds.launch.environment import rank_said
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 OVERRIDES = "then any setting of the file, such as --selection.keep 0.8"

@@ -85,7 +85,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
         from slap_ds.evaluation.evaluate import write_json
         from slap_ds.evaluation.judge import judge
         from slap_ds.evaluation.show import show_judged
-        from slap_ds.metrics import read_lines
+        from slap_ds.jsonl import read_lines
 
         chosen = read_lines(out / "predictions.jsonl")[: result["answers"]["predictions"]]
         judged = judge(chosen, read_lines(Path(options.against)), endpoint, out)
@@ -135,7 +135,7 @@ def _endpoint(options: argparse.Namespace) -> Endpoint | None:
 
 
 def _losses(options: argparse.Namespace, rest: list[str]) -> None:
-    from slap_ds.config_file import read_config
+    from slap_ds.config.file import read_config
 
     config = read_config(options.config, rest)
     from slap_ds.engine import start_ranks, stop_ranks
@@ -149,7 +149,7 @@ def _losses(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _curate(options: argparse.Namespace, rest: list[str]) -> None:
-    from slap_ds.config_file import read_config
+    from slap_ds.config.file import read_config
 
     if options.keep is not None:
         if not 0 < options.keep <= 1:

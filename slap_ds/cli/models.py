@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace, rest: list[str]) -> None:
-    from slap_ds.export import export
+    from slap_ds.checkpoint.export import export
 
     run_dir = Path(options.run_dir)
     out = export(run_dir, Path(options.out or run_dir / "model"), options.merge)
@@ -56,7 +56,7 @@ def _generate(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _convert(options: argparse.Namespace, rest: list[str]) -> None:
-    from slap_ds.models.chatglm import convert_chatglm
+    from slap_ds.models.glm.convert import convert_chatglm
 
     convert_chatglm(
         Path(options.src),

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from slap_ds.cli.common import OVERRIDES, Commands
-from slap_ds.launch_env import discover
-from slap_ds.mistakes import mistake
-from slap_ds.peers import DONE, FAILED, LOST_PEER, NO_MEMORY, PREEMPTED, USER_ERROR
-from slap_ds.watchdog import Watchdog, out_of_memory, watch
+from slap_ds.distributed.heart import DONE, FAILED, LOST_PEER, NO_MEMORY, PREEMPTED, USER_ERROR
+from slap_ds.distributed.watchdog import Watchdog, out_of_memory, watch
+from slap_ds.errors import mistake
+from slap_ds.launch.environment import discover
 
 if TYPE_CHECKING:
-    from slap_ds.comm import Comm
+    from slap_ds.distributed.comm import Comm
 
 
 def add(commands: Commands) -> None:
@@ -37,13 +37,14 @@ def add(commands: Commands) -> None:
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from slap_ds.config_file import read_config
+    from slap_ds.config.file import read_config
 
     config = read_config(options.config, rest)
-    from slap_ds.comm import Comm
+    from slap_ds.distributed.comm import Comm
     from slap_ds.engine import start_ranks, stop_ranks
-    from slap_ds.run import dry_run, prepare
-    from slap_ds.trainer import Preempted, train
+    from slap_ds.train.checks import dry_run
+    from slap_ds.train.loop import Preempted, train
+    from slap_ds.train.run import prepare
 
     if options.dry_run:
         console = Console()
@@ -72,8 +73,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
     """End this rank with a line that names rank, step and cause; a traceback if it is our fault."""
-    from slap_ds.engine import PortTaken, RankError
-    from slap_ds.start import OtherRankFailed
+    from slap_ds.errors import OtherRankFailed, PortTaken, RankError
 
     alone = comm.world == 1
     if isinstance(error, OtherRankFailed):
@@ -104,9 +104,9 @@ def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
 def _preview(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from slap_ds.config_file import read_config
+    from slap_ds.config.file import read_config
     from slap_ds.data.preview import preview
-    from slap_ds.run import read_inputs
+    from slap_ds.train.inputs import read_inputs
 
     config = read_config(options.config, rest)
     inputs = read_inputs(config)
@@ -114,7 +114,7 @@ def _preview(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _settings(options: argparse.Namespace, rest: list[str]) -> None:
-    from slap_ds.config_file import config_keys
+    from slap_ds.config.file import config_keys
 
     for key, text in config_keys():
         print(f"{key}\n    {text}")

@@ -12,13 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slap_ds.comm import Comm
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
+from slap_ds.distributed.comm import Comm
 from slap_ds.engine.base import Engine, TrainStats
 from slap_ds.engine.plain import TorchEngine
-from slap_ds.engine.ranks import (
-    PortTaken,
-    RankError,
+from slap_ds.engine.process_group import (
     build_extensions,
     limit_waiting,
     logged_collectives,
@@ -26,6 +24,7 @@ from slap_ds.engine.ranks import (
     stop_ranks,
 )
 from slap_ds.engine.zero import DeepSpeedEngine
+from slap_ds.errors import PortTaken, RankError
 
 
 def make_engine(config: Config, model_config: Any, comm: Comm) -> Engine:

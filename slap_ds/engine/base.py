@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.data.packing import PackedRow
-from slap_ds.metrics import Stopwatch
+from slap_ds.distributed.heart import Heart
+from slap_ds.engine.tensor_files import TensorWriter
+from slap_ds.engine.whole_state import Key
 from slap_ds.models.causal import (
     PackedCausalLM,
     enable_checkpointing,
@@ -31,10 +33,8 @@ from slap_ds.models.causal import (
 from slap_ds.models.load import load_model
 from slap_ds.models.lora import add_adapter
 from slap_ds.models.reuse import BlockInputs, install
-from slap_ds.peers import Heart
 from slap_ds.scoring import HeadScores, Scores, Tail, Wants, collect, tail_parameters
-from slap_ds.tensor_files import TensorWriter
-from slap_ds.whole_state import Key
+from slap_ds.timing import Stopwatch
 
 MOMENTS: tuple[Key, Key] = ("exp_avg", "exp_avg_sq")
 

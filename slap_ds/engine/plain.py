@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.data.packing import PackedRow
 from slap_ds.engine.base import MOMENTS, Engine, load_lm, make_optimizer, prepare_blocks
+from slap_ds.engine.tensor_files import TensorWriter, read_tensors
+from slap_ds.engine.whole_state import open_whole
 from slap_ds.models.causal import (
     PackedCausalLM,
     count_parameters,
     trainable,
 )
 from slap_ds.scoring import Wants
-from slap_ds.tensor_files import TensorWriter, read_tensors
-from slap_ds.whole_state import open_whole
 
 
 class TorchEngine(Engine):

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slap_ds.comm import Comm
-from slap_ds.config import Config
+from slap_ds.config.deepspeed import resolve_deepspeed
+from slap_ds.config.schema import Config
 from slap_ds.data.packing import PackedRow
-from slap_ds.deepspeed_json import resolve_deepspeed
+from slap_ds.distributed.comm import Comm
 from slap_ds.engine.base import MOMENTS, Engine, TrainStats, load_lm, make_optimizer, prepare_blocks
-from slap_ds.engine.ranks import limit_waiting
+from slap_ds.engine.process_group import limit_waiting
+from slap_ds.engine.tensor_files import TensorWriter, read_tensors
+from slap_ds.engine.whole_state import Key, WholeState, open_whole
 from slap_ds.models.causal import PackedCausalLM, count_parameters, trainable
 from slap_ds.models.reuse import find_blocks
 from slap_ds.scoring import Scores, Wants
-from slap_ds.tensor_files import TensorWriter, read_tensors
-from slap_ds.whole_state import Key, WholeState, open_whole
 
 
 class DeepSpeedEngine(Engine):

@@ -23,22 +23,23 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from slap_ds.comm import Comm
 from slap_ds.data.formats import Message
 from slap_ds.data.packing import Positions
 from slap_ds.data.reread import reread
 from slap_ds.data.sources import Limits
 from slap_ds.data.store import TokenStore
 from slap_ds.data.templates import Template, make_template
+from slap_ds.distributed.comm import Comm
 from slap_ds.engine import make_engine
 from slap_ds.evaluation.answers import Answerer, batches
-from slap_ds.evaluation.loss import few_labels
 from slap_ds.evaluation.metrics import Answer, group_metrics, sample_metrics
-from slap_ds.evaluation.pass_ import TurnLosses, turn_pass
 from slap_ds.evaluation.subject import Subject
-from slap_ds.metrics import read_lines
+from slap_ds.jsonl import read_lines
 from slap_ds.models.load import DTYPES
-from slap_ds.run import check_isolation, read_inputs
+from slap_ds.train.checks import check_isolation
+from slap_ds.train.evaluate import few_labels
+from slap_ds.train.inputs import read_inputs
+from slap_ds.train.score_pass import TurnLosses, turn_pass
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "sacrebleu", "rouge_score", "jieba")
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from slap_ds.metrics import read_lines
+from slap_ds.jsonl import read_lines
 
 Verdict = Literal["A", "B", "C"]
 Line = Mapping[str, Any]  # of a predictions.jsonl

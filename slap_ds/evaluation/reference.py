@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from slap_ds.comm import Comm
-from slap_ds.config import Config
-from slap_ds.evaluation.pass_ import score_pass
-from slap_ds.run import prepare
+from slap_ds.config.schema import Config
+from slap_ds.distributed.comm import Comm
+from slap_ds.train.run import prepare
+from slap_ds.train.score_pass import score_pass
 
 
 def write_losses(config: Config, out: Path, comm: Comm) -> int | None:

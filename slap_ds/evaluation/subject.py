@@ -20,10 +20,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from slap_ds.config import Config
-from slap_ds.config_file import read_config
+from slap_ds.checkpoint.export import export
+from slap_ds.config.file import read_config
+from slap_ds.config.schema import Config
 from slap_ds.evaluation.answers import template_of
-from slap_ds.export import export
 from slap_ds.models.load import DTYPES, load_config
 from slap_ds.models.lora import load_adapted, merged
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slap_ds.config import LoraConfig
+from slap_ds.config.schema import LoraConfig
 
 _NAME = "default"  # peft's name of the one adapter
 _PREFIX = "base_model.model."  # what peft's wrapper puts before names

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from slap_ds.config_file import read_yaml
-from slap_ds.metrics import read_lines
+from slap_ds.config.file import read_yaml
+from slap_ds.jsonl import read_lines
 
 # What decides which tokens an evaluation loss is a mean over, beside the tokenizer.
 _EVALUATED = {

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.data.store import POSITION_BITS
-from slap_ds.evaluation.loss import few_labels
-from slap_ds.metrics import read_lines
-from slap_ds.run import Inputs, make_parts, read_inputs
+from slap_ds.jsonl import read_lines
+from slap_ds.train.evaluate import few_labels
+from slap_ds.train.inputs import Inputs, make_parts, read_inputs
 
 Int64 = npt.NDArray[np.int64]
 MIN_DRAWS = 30

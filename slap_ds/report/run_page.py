@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slap_ds.metrics import read_lines
+from slap_ds.jsonl import read_lines
 from slap_ds.report import figures
 from slap_ds.report.coverage import RULE, STARVED, Coverage, Slice, cover, said_starved, starved
 from slap_ds.report.page import figure, heading, paragraph, table, warnings

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slap_ds.metrics import read_lines
+from slap_ds.jsonl import read_lines
 from slap_ds.report import figures
 from slap_ds.report.coverage import (
     RULE,
@@ -24,12 +24,12 @@ from slap_ds.report.coverage import (
 )
 from slap_ds.report.page import figure, heading, paragraph, table, warnings
 from slap_ds.report.run_page import flop_shares, loss_spread
-from slap_ds.run import read_inputs
 from slap_ds.study.comparisons import compare_cells
 from slap_ds.study.plan import BASES, PLAIN, Cell, Study
 from slap_ds.study.results import collect
 from slap_ds.study.run import ratio_name, read_outcome, read_ratios
 from slap_ds.study.statistics import mean_interval
+from slap_ds.train.inputs import read_inputs
 
 Row = dict[str, Any]
 Group = tuple[str, float, int | None, str, int | None]  # Cell.group

@@ -29,9 +29,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.probes import projection, signs
+from slap_ds.scoring.request import Wants
 from slap_ds.scoring.softmax import Head
 from slap_ds.scoring.token_loss import HeadGradient
-from slap_ds.scoring.wants import Wants
 
 # Fused attention kernels have no second derivative; of these the plain path is taken.
 _ATTENTION = ("packed", "sdpa", "eager")

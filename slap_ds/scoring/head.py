@@ -27,8 +27,8 @@ from slap_ds.scoring.head_parts import (
     Kron,
     Part,
 )
+from slap_ds.scoring.request import Wants
 from slap_ds.scoring.softmax import Chunk, Head, response_chunks
-from slap_ds.scoring.wants import Wants
 
 
 class HeadScores(NamedTuple):

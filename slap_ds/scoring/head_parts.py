@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from slap_ds.scoring.probes import projection, signs
+from slap_ds.scoring.request import Wants
 from slap_ds.scoring.softmax import Chunk, Head
-from slap_ds.scoring.wants import Wants
 
 
 class Part(Protocol):

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from slap_ds.config import ScoringConfig
+from slap_ds.config.schema import ScoringConfig
 from slap_ds.scoring.curvature import Curvature
 from slap_ds.scoring.head import head_cost
-from slap_ds.scoring.wants import Extra, Wants
+from slap_ds.scoring.request import Extra, Wants
 from slap_ds.selection import Signal
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from slap_ds.scoring.curvature import Curvature
 from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.plan import ScoringPlan
-from slap_ds.scoring.wants import Wants
+from slap_ds.scoring.request import Wants
 from slap_ds.selection import ScoredBatch, Signal
 
 

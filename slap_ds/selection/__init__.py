@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from slap_ds.selection.adacore import AdaCore
-from slap_ds.selection.balance import select_balanced
 from slap_ds.selection.base import Course, ScoredBatch, Selection, Selector, Signal, select
-from slap_ds.selection.ccs import Ccs
-from slap_ds.selection.divbs import DivBS
-from slap_ds.selection.grand import Grand
-from slap_ds.selection.greats import Greats
-from slap_ds.selection.infobatch import InfoBatch
-from slap_ds.selection.k_center import KCenter
-from slap_ds.selection.moderate import Moderate
-from slap_ds.selection.rho_loss import RhoLoss
-from slap_ds.selection.selective_backprop import SelectiveBackprop
-from slap_ds.selection.simple import Easy, El2n, Full, Hard, Random
+from slap_ds.selection.methods.adacore import AdaCore
+from slap_ds.selection.methods.ccs import Ccs
+from slap_ds.selection.methods.divbs import DivBS
+from slap_ds.selection.methods.grand import Grand
+from slap_ds.selection.methods.greats import Greats
+from slap_ds.selection.methods.infobatch import InfoBatch
+from slap_ds.selection.methods.k_center import KCenter
+from slap_ds.selection.methods.moderate import Moderate
+from slap_ds.selection.methods.rho_loss import RhoLoss
+from slap_ds.selection.methods.selective_backprop import SelectiveBackprop
+from slap_ds.selection.methods.simple import Easy, El2n, Full, Hard, Random
+from slap_ds.selection.methods.uds import Uds
+from slap_ds.selection.quotas import select_balanced
 from slap_ds.selection.slap import Slap
-from slap_ds.selection.uds import Uds
 
 SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
     "adacore": lambda options: AdaCore(),

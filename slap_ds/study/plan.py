@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slap_ds.config import Config, Section
-from slap_ds.config_file import read_config, read_yaml, validated
+from slap_ds.config.file import read_config, read_yaml, validated
+from slap_ds.config.schema import Config, Section
 
 PLAIN = "plain"
 BASES = ("candidates", "samples", "flops", "seconds")

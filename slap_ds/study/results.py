@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from slap_ds.metrics import read_lines
+from slap_ds.jsonl import read_lines
 from slap_ds.study.plan import Cell
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-from slap_ds.config import Config, SelectionConfig
-from slap_ds.metrics import read_lines
+from slap_ds.config.schema import Config, SelectionConfig
+from slap_ds.jsonl import read_lines
 from slap_ds.study.data import write_data
 from slap_ds.study.keys import Keys
 from slap_ds.study.plan import (

@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
-from slap_ds.config import Config
+from slap_ds.checkpoint.export import export
+from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import start_ranks, stop_ranks
 from slap_ds.evaluation.reference import write_losses
-from slap_ds.export import export
-from slap_ds.run import make_parts, prepare
-from slap_ds.step import train_step
-from slap_ds.trainer import train
+from slap_ds.train.inputs import make_parts
+from slap_ds.train.loop import train
+from slap_ds.train.run import prepare
+from slap_ds.train.step import train_step
 
 TIMING_ROUNDS = 9
 TIMING_WARMUP = 2

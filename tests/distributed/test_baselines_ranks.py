@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
-from slap_ds.run import make_parts, prepare, read_inputs
 from slap_ds.selection import SELECTORS
-from slap_ds.step import train_step
+from slap_ds.train.inputs import make_parts, read_inputs
+from slap_ds.train.run import prepare
+from slap_ds.train.step import train_step
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from slap_ds.comm import Comm, RankDisagreement
 from slap_ds.data.packing import deal
+from slap_ds.distributed.comm import Comm, RankDisagreement
 from slap_ds.scoring import Scores
 from slap_ds.selection import Selection
 from tests.ranks import run_ranks

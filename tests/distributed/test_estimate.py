@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.estimate import GRADIENTS, OPTIMIZER, WEIGHTS, Shape, estimate
 from slap_ds.models.load import load_config
 from tests.ranks import run_ranks
@@ -83,8 +83,8 @@ def _all_held(configs: list[Config]) -> list[int]:
 
 def _held(config: Config) -> int:
     """Bytes of DeepSpeed's optimizer in the second step, after the backward that leaves most."""
-    from slap_ds.run import prepare
-    from slap_ds.trainer import train
+    from slap_ds.train.loop import train
+    from slap_ds.train.run import prepare
 
     run = prepare(config)
     engine, backward, found = run.engine, run.engine._backward, []

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from slap_ds.config import Config
-from slap_ds.metrics import read_lines
+from slap_ds.config.schema import Config
+from slap_ds.jsonl import read_lines
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 

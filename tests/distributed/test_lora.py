@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slap_ds import checkpoint
+from slap_ds.checkpoint import find as checkpoint
+from slap_ds.checkpoint.export import export
 from slap_ds.cli import main
-from slap_ds.config import Config
-from slap_ds.config_file import config_keys
+from slap_ds.config.file import config_keys
+from slap_ds.config.schema import Config
+from slap_ds.engine.whole_state import whole_weights
 from slap_ds.evaluation.answers import Answerer
-from slap_ds.export import export
-from slap_ds.metrics import read_lines
+from slap_ds.jsonl import read_lines
 from slap_ds.models.load import load_config, load_model
 from slap_ds.models.lora import add_adapter
-from slap_ds.whole_state import whole_weights
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
@@ -67,8 +67,8 @@ def base_hash(lm) -> str:
 
 
 def train_and_hash(config: Config) -> tuple[str, str]:
-    from slap_ds.run import prepare
-    from slap_ds.trainer import train
+    from slap_ds.train.loop import train
+    from slap_ds.train.run import prepare
 
     run = prepare(config)
     before = base_hash(run.engine.model.lm)

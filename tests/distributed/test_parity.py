@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.data.stream import CandidateStream
-from slap_ds.run import read_inputs
-from slap_ds.step import learning_rate
-from slap_ds.whole_state import whole_weights
+from slap_ds.engine.whole_state import whole_weights
+from slap_ds.train.inputs import read_inputs
+from slap_ds.train.schedule import learning_rate
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from slap_ds.export import export
-from slap_ds.metrics import read_lines
+from slap_ds.checkpoint.export import export
+from slap_ds.jsonl import read_lines
 from tests.distributed.test_lora import train_and_hash
 from tests.ranks import run_ranks
 from tests.recipes import run_config, tiny_config
-from tests.unit.small_tokenizers import DATA_DIR, needs_data
+from tests.small_tokenizers import DATA_DIR, needs_data
 
 GLM = {
     "model_type": "glm",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slap_ds.config import Config
-from slap_ds.deepspeed_json import DEFAULT_DEEPSPEED
+from slap_ds.config.deepspeed import DEFAULT_DEEPSPEED
+from slap_ds.config.schema import Config
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
@@ -39,8 +39,8 @@ def config(model: str, run_dir: Path, forward: str, **sections) -> Config:
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    from slap_ds import checkpoint
-    from slap_ds.whole_state import whole_weights
+    from slap_ds.checkpoint import find as checkpoint
+    from slap_ds.engine.whole_state import whole_weights
 
     return whole_weights(checkpoint.find(run_dir)[-1].folder)
 
@@ -80,8 +80,8 @@ def gathers(c: Config) -> dict[str, int]:
     from deepspeed.comm import comm as ds_comm
 
     from slap_ds.data.batch import CandidateBatch
-    from slap_ds.run import prepare
-    from slap_ds.step import train_step
+    from slap_ds.train.run import prepare
+    from slap_ds.train.step import train_step
 
     run = prepare(c)
     steps = 4

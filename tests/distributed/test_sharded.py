@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from slap_ds.comm import Comm
-from slap_ds.config import SelectionConfig
+from slap_ds.config.schema import SelectionConfig
+from slap_ds.distributed.comm import Comm
 from slap_ds.ops.reference import farthest_point as reference
 from slap_ds.selection import ScoredBatch, select, select_balanced
-from slap_ds.selection.k_center import KCenter
+from slap_ds.selection.methods.k_center import KCenter
 from slap_ds.selection.sharded import hold
 from slap_ds.selection.slap import Slap
 from tests.ranks import run_ranks

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from slap_ds.engine.ranks import start_ranks
+from slap_ds.engine.process_group import start_ranks
 from tests.ranks import run_ranks
 from tests.recipes import tiny_config
 

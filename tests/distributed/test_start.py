@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from slap_ds import start
-from slap_ds.engine import RankError, start_ranks
-from slap_ds.engine.ranks import take_gpu
-from slap_ds.run import prepare
-from slap_ds.start import OtherRankFailed, check_shared, first_on_each_node
-from slap_ds.watchdog import watch
+from slap_ds.distributed import startup as start
+from slap_ds.distributed.startup import check_shared, first_on_each_node
+from slap_ds.distributed.watchdog import watch
+from slap_ds.engine import start_ranks
+from slap_ds.engine.process_group import take_gpu
+from slap_ds.errors import OtherRankFailed, RankError
+from slap_ds.train.run import prepare
 from tests.ranks import run_ranks
 from tests.recipes import tiny_config, tiny_model
 

@@ -12,8 +12,8 @@ MARGIN_S = 3  # the watchdog is first: it can say who is missing
 
 
 def group_timeouts(config):
-    from slap_ds.run import prepare
-    from slap_ds.trainer import train
+    from slap_ds.train.loop import train
+    from slap_ds.train.run import prepare
 
     def timeouts():
         groups = dist.distributed_c10d._world.pg_map

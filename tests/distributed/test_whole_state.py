@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from slap_ds import checkpoint
-from slap_ds.config import Config
+from slap_ds.checkpoint import find as checkpoint
+from slap_ds.checkpoint.export import export
+from slap_ds.config.schema import Config
 from slap_ds.engine.base import MOMENTS
-from slap_ds.export import export
+from slap_ds.engine.whole_state import open_whole, whole_weights
 from slap_ds.models.causal import trainable
-from slap_ds.whole_state import open_whole, whole_weights
 from tests.ranks import run_ranks
 from tests.recipes import tiny_config, tiny_model
 
@@ -44,8 +44,8 @@ def zero1(tmp_path: Path, model: str) -> Config:
 
 
 def _train_and_gather(config: Config) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
-    from slap_ds.run import prepare
-    from slap_ds.trainer import train
+    from slap_ds.train.loop import train
+    from slap_ds.train.run import prepare
 
     run = prepare(config)
     if run.start_step < STEPS:

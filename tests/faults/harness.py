@@ -22,11 +22,13 @@ from pathlib import Path
 import psutil
 import yaml
 
-from slap_ds import checkpoint as checkpoints
-from slap_ds.metrics import read_lines
+from slap_ds.checkpoint import find as checkpoints
+from slap_ds.jsonl import read_lines
+from tests.faults import planted
 from tests.recipes import SIZES
 
 STEPS = 8
+ROOT = Path(__file__).parents[2]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.faults.preload"])
 
@@ -55,6 +57,12 @@ def write_config(folder: Path, name: str, **sections) -> Path:
     return path
 
 
+def with_fault(fault: str) -> dict[str, str]:
+    """Variables that plant a fault in the ranks of a launcher."""
+    path = [str(Path(__file__).parent / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {"SLAP_FAULT": fault, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
 def free_port() -> int:
     """Outside the range from which outgoing connections get theirs."""
     while True:
@@ -72,6 +80,8 @@ def _rank(arguments, environ, log):
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.argv = ["slap_ds", *arguments]
+    if environ.get("SLAP_FAULT"):
+        planted.install(environ["SLAP_FAULT"])
     runpy.run_module("slap_ds", run_name="__main__", alter_sys=True)
     os._exit(0)
 
@@ -162,7 +172,7 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 def weights_hash(run_dir: Path) -> str:
     """Of the float32 weights in the newest checkpoint."""
-    from slap_ds.whole_state import whole_weights
+    from slap_ds.engine.whole_state import whole_weights
 
     digest = hashlib.sha256()
     for name, value in sorted(whole_weights(checkpoints.find(run_dir)[-1].folder).items()):

@@ -27,15 +27,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from slap_ds import checkpoint
-from slap_ds.comm import Comm
-from slap_ds.metrics import read_lines
-from slap_ds.whole_state import whole_weights
+from slap_ds.checkpoint import find as checkpoint
+from slap_ds.distributed.comm import Comm
+from slap_ds.engine.whole_state import whole_weights
+from slap_ds.jsonl import read_lines
 from tests.recipes import tiny_config, tiny_model
 
 STEPS = 8
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.ranks_preload", "slap_ds.trainer", "slap_ds.run"])
+_context.set_forkserver_preload(["tests.ranks_preload", "slap_ds.train.loop", "slap_ds.train.run"])
 
 
 def kill_saves(kills: int, ranks: int, background: bool, seed: int, work: Path) -> dict[str, Any]:
@@ -157,8 +157,8 @@ def _wait(processes: list[Any]) -> list[int | None]:
 def _rank(config: Any, rank: int, ranks: int, port: int) -> None:
     import torch
 
-    from slap_ds.run import prepare
-    from slap_ds.trainer import train
+    from slap_ds.train.loop import train
+    from slap_ds.train.run import prepare
 
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in place.items()})

@@ -25,9 +25,16 @@ from pathlib import Path
 import psutil
 
 from slap_ds.bench.environment import describe
-from slap_ds.metrics import read_lines
-from slap_ds.peers import PREEMPTED
-from tests.faults.harness import assert_same, heartbeats, left_over, losses, write_config
+from slap_ds.distributed.heart import PREEMPTED
+from slap_ds.jsonl import read_lines
+from tests.faults.harness import (
+    assert_same,
+    heartbeats,
+    left_over,
+    losses,
+    with_fault,
+    write_config,
+)
 
 FAULTS = ["rank killed", "rank frozen", "helper killed", "launcher killed", "SIGTERM", "slow rank"]
 
@@ -144,7 +151,7 @@ def compare(folder: Path, run_dir: Path, steps: int) -> None:
     )
     command = ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", "23979"]
     command += ["--module", "slap_ds", "train", str(config)]
-    environ = {**os.environ, "SLAP_FAULT": f"term@0,{steps - 1},forward"}
+    environ = {**os.environ, **with_fault(f"term@0,{steps - 1},forward")}
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == PREEMPTED, done.stderr[-3000:]
     assert_same(run_dir, folder / "undisturbed")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from slap_ds import checkpoint
-from slap_ds.comm import Comm
-from slap_ds.config import Config
-from slap_ds.resume import check_matches
-from slap_ds.whole_state import open_whole, whole_weights
+from slap_ds.checkpoint import find as checkpoint
+from slap_ds.checkpoint.match import check_matches
+from slap_ds.config.schema import Config
+from slap_ds.distributed.comm import Comm
+from slap_ds.engine.whole_state import open_whole, whole_weights
 from tests.faults.kill_saves import kill_saves
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
@@ -120,7 +120,7 @@ def test_a_resharded_state_is_the_saved_one_bit_for_bit(model, tmp_path):
 
 
 def _load_and_save(config: Config, again: Path) -> str:
-    from slap_ds.run import prepare
+    from slap_ds.train.run import prepare
 
     run = prepare(config)
     assert run.start_step == 3
@@ -169,7 +169,7 @@ def test_a_full_file_system_is_named_and_the_last_good_one_stays(model, tmp_path
         "import sys\n"
         "from pathlib import Path\n"
         "from slap_ds import checkpoint\n"
-        "from slap_ds.comm import Comm\n"
+        "from slap_ds.distributed.comm import Comm\n"
         "from tests.recipes import run_config, tiny_config\n"
         "config = tiny_config(sys.argv[1], Path(sys.argv[2]), steps=4, data={'eval': []},\n"
         "    engine={'kind': 'torch'}, checkpoint={'every': 1, 'keep_last': 9})\n"

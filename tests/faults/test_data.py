@@ -13,7 +13,7 @@ import pytest
 from slap_ds.data import sources
 from slap_ds.data.guard import guarded
 from slap_ds.data.sources import Limits
-from tests.unit.test_store import build, row, write
+from tests.data.test_store import build, row, write
 
 pytestmark = pytest.mark.fault_row(17)
 GOOD = json.dumps(row("a question", "an answer")).encode()
@@ -111,7 +111,7 @@ def test_a_row_that_kills_the_parser_is_named(tmp_path, monkeypatch):
 
 
 def test_rows_that_kill_the_tokenizer_are_named(tmp_path):
-    from tests.unit.test_store import TEMPLATE
+    from tests.data.test_store import TEMPLATE
 
     class Crashing(type(TEMPLATE)):
         def encode_batch(self, conversations):

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slap_ds.metrics import read_lines
+from slap_ds.jsonl import read_lines
 from tests.faults.harness import (
     Job,
     assert_same,
@@ -19,6 +19,7 @@ from tests.faults.harness import (
     heartbeats,
     left_over,
     run_through,
+    with_fault,
     write_config,
 )
 
@@ -112,7 +113,7 @@ def test_a_killed_launcher_takes_its_ranks_along(tmp_path, measured, whom):
 )
 def test_a_supervised_run_goes_on(tmp_path, undisturbed, measured, fault):
     config = write_config(tmp_path, "run")
-    with Launched(tmp_path, supervised(config), SLAP_FAULT=fault) as job:
+    with Launched(tmp_path, supervised(config), **with_fault(fault)) as job:
         job.until(lambda: "attempt 1 ended" in job.said())
         first = job.said()
         start = job.until(lambda: at_step(tmp_path / "run", 3))
@@ -175,7 +176,7 @@ def test_a_killed_supervisor_leaves_nothing(tmp_path, measured):
 @pytest.mark.fault_row(2)
 def test_a_fault_that_comes_back_ends_it(tmp_path, undisturbed):
     config = write_config(tmp_path, "run")
-    with Launched(tmp_path, supervised(config), SLAP_FAULT="raise@1,4,step,*") as job:
+    with Launched(tmp_path, supervised(config), **with_fault("raise@1,4,step,*")) as job:
         assert job.process.wait(240) == 70, job.said()
     assert "two attempts in a row died at step 4: not tried again" in job.said()
     assert "RuntimeError: a fault on purpose" in job.said()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slap_ds import checkpoint
-from slap_ds.run import read_inputs
-from slap_ds.whole_state import whole_weights
+from slap_ds.checkpoint import find as checkpoint
+from slap_ds.engine.whole_state import whole_weights
+from slap_ds.train.inputs import read_inputs
 from tests.ranks import run_ranks
 from tests.recipes import picks, run_config, tiny_config, tiny_model
 
@@ -106,7 +106,7 @@ def test_three_skipped_steps_in_a_row_stop_the_run(broken, tmp_path):
         engine={"kind": "torch"},
         steps=9,
     )
-    from slap_ds import run as module
+    from slap_ds.train import run as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "check_isolation", lambda *_: None)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from slap_ds.metrics import read_lines
+from slap_ds.jsonl import read_lines
 from tests.faults.harness import (
     Job,
     assert_same,

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from slap_ds import checkpoint, strict_json
-from slap_ds.comm import Comm
-from slap_ds.config_file import read_config
+from slap_ds import jsonl
+from slap_ds.checkpoint import find as checkpoint
+from slap_ds.config.file import read_config
 from slap_ds.data.formats import Conversation, Reject, read_conversations
-from slap_ds.launch_env import read_hostfile
-from slap_ds.tensor_files import read_tensors
+from slap_ds.distributed.comm import Comm
+from slap_ds.engine.tensor_files import read_tensors
+from slap_ds.launch.environment import read_hostfile
 
 _folder = Path(tempfile.mkdtemp(prefix="slap-fuzz-"))
 atexit.register(shutil.rmtree, _folder, ignore_errors=True)
@@ -85,9 +86,9 @@ def manifest(data: bytes) -> None:
     folder = _folder / "run" / "checkpoints" / "step-000001"
     folder.mkdir(parents=True, exist_ok=True)
     try:  # as it is, and with a right hash, as somebody would write it who means harm
-        value = strict_json.loads(data)
+        value = jsonl.loads(data)
         assert isinstance(value, dict)
-        data = strict_json.dumps(checkpoint._sealed(value)).encode()
+        data = jsonl.dumps(checkpoint.sealed(value)).encode()
     except (ValueError, AssertionError):
         pass
     (folder / "manifest.json").write_bytes(data)

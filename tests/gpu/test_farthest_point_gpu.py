@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slap_ds.ops import farthest_point, native
-from tests.unit.test_farthest_point import KINDS, assert_same, make_points, make_request
+from tests.ops.test_farthest_point import KINDS, assert_same, make_points, make_request
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from slap_ds.config_file import write_config
-from slap_ds.metrics import read_lines
+from slap_ds.config.file import write_config
+from slap_ds.jsonl import read_lines
 from tests.nodes.cluster import Cluster, why_not
 from tests.recipes import losses, picks, tiny_config, tiny_model
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from slap_ds import checkpoint
+from slap_ds.checkpoint import find as checkpoint
+from tests.faults.harness import with_fault
 
 pytestmark = [
     pytest.mark.nodes,
@@ -49,7 +50,7 @@ def test_the_script_alone(lab, script):
     name = f"asked-{script.removesuffix('.sh')}"
     job = lab.start(0, script, lab.config(name, **ENDLESS), f"{name}.log", MPIEXEC="mpiexec.hydra")
     lab.until_step(name, 2, [job])
-    tell(lab.cluster.nodes[0], "python -m slap_ds.pass_on")
+    tell(lab.cluster.nodes[0], "python -m slap_ds.launch.forward_signal")
     lab.wait([job], 60)
     lab.until_gone()
     if script != "multi_node.sh":  # deepspeed cuts the ranks' output off before it asks them
@@ -60,7 +61,7 @@ def test_a_fault_on_the_other_node(lab, one_node):
     """The number of the attempt reaches the other node: it is not hurt again."""
     name = "restarted"
     path = lab.config(name, checkpoint={"every": 1}, engine={"timeout_s": 8})
-    variables = {"PASS": "SLAP_FAULT", "SLAP_FAULT": "raise@1,3,forward"}
+    variables = {"PASS": "SLAP_FAULT", **with_fault("raise@1,3,forward")}
     job = lab.start(0, "multi_node.sh", path, f"{name}.log", supervised=True, **variables)
     assert lab.wait([job], 120) == [0], lab.logs()
     said = (lab.folder / f"{name}.log").read_text()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slap_ds import checkpoint
+from slap_ds.checkpoint import find as checkpoint
 from tests.nodes import slurm
 from tests.nodes.conftest import REPO
 

@@ -1,0 +1,107 @@
+"""From a run's newest checkpoint to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from slap_ds import jsonl
+from slap_ds.checkpoint import find as checkpoints
+from slap_ds.config.schema import Config
+from slap_ds.data.stream import CandidateStream
+from slap_ds.data.templates import make_template
+from slap_ds.distributed.comm import Comm
+from slap_ds.engine.whole_state import whole_weights
+from slap_ds.models.glm.convert import KEPT
+from slap_ds.models.load import DTYPES, load_config, load_tokenizer, whole_files
+from slap_ds.models.lora import merged, with_adapter
+
+
+def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
+    """Write weights (safetensors), config, tokenizer and chat template of a run into `out`.
+
+    A run with model.lora gives its adapter in peft's format, with `merge` the merged model.
+
+    Raises:
+        FileNotFoundError: the run has no whole checkpoint.
+        ValueError: the checkpoint's weights do not fit its config, or there is nothing to merge.
+    """
+    newest = checkpoints.newest(run_dir, Comm())
+    if newest is None:
+        raise FileNotFoundError(f"{str(run_dir)!r} holds no whole checkpoint to export")
+    config = Config.model_validate(newest.manifest["config"])
+    if merge and config.model.lora is None:
+        raise ValueError(f"{str(run_dir)!r} trained no adapter: export it without --merge")
+    model = _adapted(config, newest.folder, merge) if config.model.lora else _whole(config, newest)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
+    template = make_template(config.data.template, tokenizer)
+    if template.chat_template:
+        tokenizer.chat_template = template.chat_template
+    if config.model.lora is None or merge:
+        model.generation_config.eos_token_id = list(template.stop_ids)
+        model.config.use_cache = True
+        model.save_pretrained(out)
+    else:
+        model.save_pretrained(out, save_embedding_layers=False)
+    tokenizer.save_pretrained(out)
+    note = {
+        "run": run_dir.name,
+        "step": newest.step,
+        "steps": _steps(config, newest),
+        "template": template.name,
+    }
+    (out / "slap_ds.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    kept = Path(config.model.path or "") / KEPT
+    if config.model.path and kept.is_dir():  # the way back of a converted ChatGLM
+        shutil.copytree(kept, out / KEPT, dirs_exist_ok=True)
+    return out
+
+
+def _steps(config: Config, newest: checkpoints.Checkpoint) -> int:
+    """How many steps the whole run has."""
+    state = jsonl.loads((newest.folder / "state.json").read_bytes())
+    samples, candidates = state["stream"]["samples"], config.batch.candidates
+    return len(
+        CandidateStream(samples, candidates, config.seed, steps=config.steps, epochs=config.epochs)
+    )
+
+
+def _whole(config: Config, newest: checkpoints.Checkpoint) -> Any:
+    """The transformers model with the checkpoint's weights."""
+    model_config = load_config(config.model.path, config.model.config)
+    dtype = DTYPES[config.model.dtype]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    weights = {name: value.to(dtype) for name, value in whole_weights(newest.folder).items()}
+    problem = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    missing = sorted(set(problem.missing_keys) - set(getattr(model, "all_tied_weights_keys", {})))
+    if missing or problem.unexpected_keys:
+        raise ValueError(
+            f"{newest.folder} does not fit its model: missing {missing[:3]}, "
+            f"unknown {problem.unexpected_keys[:3]}"
+        )
+    return model
+
+
+def _adapted(config: Config, checkpoint: Path, merge: bool) -> Any:
+    """peft's model with the checkpoint's adapter, its base without weights; or the merged model."""
+    path, lora = config.model.path, config.model.lora
+    assert lora is not None
+    dtype = DTYPES[config.model.dtype]
+    if merge:
+        with whole_files("model.path", path or ""):
+            base = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+    else:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(load_config(path, None), dtype=dtype)
+    weights = {name: value.to(dtype) for name, value in whole_weights(checkpoint).items()}
+    model = with_adapter(base, lora, weights, path)
+    return merged(model) if merge else model

@@ -1,0 +1,152 @@
+"""YAML and dotted command-line overrides -> one validated `Config`, and back into a file.
+
+    read_config("configs/demo.yaml", ["--selection.keep", "0.6"])
+
+Every mistake is reported at once, by its dotted key, with a suggestion where one is near.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from slap_ds.config.schema import Config
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The validated configuration of a YAML file with `--section.key value` overrides.
+
+    Raises:
+        ValueError: listing every mistake found, one per line, by dotted key.
+        FileNotFoundError: no such file.
+    """
+    raw = read_yaml(path)
+    for key, value in _parse_overrides(overrides):
+        set_dotted(raw, key, value)
+    return validated(Config, raw, path)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: something else is in it.
+        FileNotFoundError: no such file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no config file at {path!r}")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}, expected a mapping of sections")
+    return raw
+
+
+def validated(model: type[M], raw: Mapping[str, Any], path: str) -> M:
+    """`raw`, the content of the file at `path`, as a `model`.
+
+    Raises:
+        ValueError: listing every mistake found, one per line, by dotted key.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(e, model) for e in error.errors()]
+        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+        raise ValueError(f"{path}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, description with its default) of every setting, in reading order."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        section = next((kind for kind in (inner, *get_args(inner)) if _is_section(kind)), None)
+        if section is not inner:
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            key = f"{prefix}{field.alias or name}"
+            yield key, f"{field.description or ''} ({default})".strip()
+        if section is not None:
+            yield from config_keys(section, f"{prefix}{name}.")
+
+
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """`--a.b value` and `--a.b=value`; values are YAML, so `[a, b]`, `null` and `1e-4` work."""
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or len(flag) == 2:
+            raise ValueError(f"expected an override such as --selection.keep 0.6, found {flag!r}")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{key} has no value after it")
+            text = rest.pop(0)
+        try:
+            yield key.replace("-", "_"), yaml.safe_load(text)
+        except yaml.YAMLError:
+            yield key.replace("-", "_"), text
+
+
+def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `tree[a][b][c]` for the key a.b.c, making sections on the way.
+
+    Raises:
+        ValueError: a part of the key is a single value.
+    """
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = tree.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise ValueError(f"--{key}: {parent!r} is a single value, not a section")
+        tree = below
+    tree[last] = value
+
+
+def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        known = list(_section_fields(error["loc"][:-1], model))
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing, and it has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and (len(error["loc"]) < 2):
+        return message if not error["loc"] else f"{key}: {message}"
+    return f"{key}: {message} (found {error['input']!r})"
+
+
+def _section_fields(location: Sequence[Any], root: type[BaseModel]) -> Iterator[str]:
+    model: Any = root
+    for part in location:
+        if get_origin(model) in (list, dict):
+            model = get_args(model)[-1]
+            continue
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = field.annotation if field is not None else None
+        if get_origin(model) in (Union, types.UnionType):
+            model = next((a for a in get_args(model) if hasattr(a, "model_fields")), None)
+    for name, field in getattr(model, "model_fields", {}).items():
+        yield field.alias or name
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write `config` as YAML that `read_config` reads back."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")

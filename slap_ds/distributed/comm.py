@@ -1,0 +1,311 @@
+"""What the ranks tell each other: scores in, picks out, and proof that they agree.
+
+    gather(local scores) -> scores of the whole candidate batch, in candidate order, on every rank
+    broadcast_picks(selection of rank 0) -> the same selection on every rank, hash compared
+
+Every exchange carries a stamp of step and phase. torch pairs collectives by order alone: a rank
+that skips one would go on, one step behind, without an error. The stamp makes that an error that
+names the ranks. On one rank everything here is the identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slap_ds.distributed.heart import Heart
+from slap_ds.distributed.peers import Peers
+from slap_ds.scoring import Scores
+from slap_ds.selection import Selection
+
+# torch 2.13 renamed it and warns about the old name.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class RankDisagreement(RuntimeError):
+    """Ranks hold different values where they must hold the same, or are at different steps."""
+
+
+@dataclass
+class Comm:
+    """This rank's line to the others. `device` is where collectives run (CPU for gloo)."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    # Collectives by phase: how many, and the bytes of payload this rank has put into them.
+    traffic: dict[str, list[int]] = field(default_factory=dict)
+    peers: Peers = field(default_factory=Peers)
+    heart: Heart = field(default_factory=Heart)
+    waited_s: float = 0.0  # in exchanges, for ranks that came later
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload this rank has put into collectives so far."""
+        return sum(size for _, size in self.traffic.values())
+
+    def watch(self, towards: str) -> None:
+        """Make the ranks answer each other, so that `blame` can name one that has gone.
+
+        Args:
+            towards: name or address of rank 0's node.
+        """
+        self.peers = Peers.open(
+            self.rank, towards, lambda values: self.exchange(-1, "hosts", values), self.heart
+        )
+
+    def blame(self, error: BaseException) -> str | None:
+        """Who is behind a failed collective, in words; None: nobody, or it is another error."""
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            return None
+        silent = self.peers.silent()
+        if not silent:
+            return None
+        return f"{self.peers.gone(silent)} ({_cause(error)})"
+
+    def exchange(self, step: int, phase: str, values: Sequence[int]) -> npt.NDArray[np.int64]:
+        """All-gather a few integers: returns (world, len(values)) int64.
+
+        Raises:
+            RankDisagreement: some rank is at another step or phase.
+        """
+        self.heart.beat(phase, step)
+        if self.device.type == "cuda":  # the device's backlog is this rank's own work
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        mine = torch.tensor([step, _code(phase), *values], dtype=torch.int64)
+        table: npt.NDArray[np.int64] = self._all_gather(mine, phase).numpy()
+        self.waited_s += time.perf_counter() - started
+        self._check_stamps(table[:, :2], step, phase)
+        return table[:, 2:]
+
+    def agree(self, step: int, phase: str, text: str) -> None:
+        """Check that every rank holds the same `text` (a hash, a fingerprint).
+
+        Raises:
+            RankDisagreement: naming the ranks that differ from rank 0.
+        """
+        digest = hashlib.sha256(text.encode()).digest()[:8]
+        seen = self.exchange(step, phase, [int.from_bytes(digest, "little", signed=True)])[:, 0]
+        if (odd := (seen != seen[0]).nonzero()[0]).size:
+            raise RankDisagreement(
+                f"step {step}: {phase} differs between rank 0 and ranks {odd.tolist()}; they must "
+                "be the same on every rank"
+            )
+
+    def texts(self, step: int, phase: str, text: str) -> list[str]:
+        """Every rank's text, in rank order."""
+        data = text.encode()
+        room = int(self.exchange(step, f"{phase}: lengths", [len(data)]).max())
+        padded = data.ljust(-(-max(room, 1) // 8) * 8, b"\0")
+        table = self.exchange(step, phase, np.frombuffer(padded, dtype=np.int64).tolist())
+        return [row.tobytes().rstrip(b"\0").decode() for row in np.ascontiguousarray(table)]
+
+    def barrier(self, step: int, phase: str) -> None:
+        """Wait for all ranks."""
+        self.exchange(step, phase, [])
+
+    def sum(self, step: int, phase: str, values: Sequence[float]) -> list[float]:
+        """Sum of each value over the ranks, in float64, added in rank order on every rank."""
+        bits = np.asarray(values, dtype=np.float64).view(np.int64).tolist()
+        table = self.exchange(step, phase, bits)
+        return [float(x) for x in np.ascontiguousarray(table).view(np.float64).sum(0)]
+
+    def gather(self, step: int, local: Scores, candidates: int) -> Scores:
+        """Scores of all `candidates` N candidates, in candidate order, the same on every rank.
+
+        Payloads are bytes in one collective: losses stay float32 and positions int64, exactly.
+
+        Args:
+            local: this rank's share; `positions` of all ranks together are 0..N-1.
+
+        Raises:
+            RankDisagreement: a rank is at another step, or the shares do not make up the batch.
+        """
+        counts = self.exchange(step, "gather sizes", [len(local.positions)])[:, 0]
+        mine = _pack(local)
+        room = max(_bytes(local, int(n)) for n in counts)
+        padded = torch.zeros(room, dtype=torch.uint8, device=mine.device)
+        padded[: len(mine)] = mine
+        table = self._all_gather(padded, "gather")
+        shares = [_unpack(row, int(n), local) for row, n in zip(table, counts, strict=True)]
+        positions = torch.cat([share.positions for share in shares])
+        order = torch.argsort(positions)
+        if not torch.equal(positions[order].cpu(), torch.arange(candidates)):
+            raise RankDisagreement(
+                f"step {step}: the gathered shares hold {len(positions)} candidates "
+                f"({counts.tolist()} by rank), not each of the {candidates} once"
+            )
+        diagonals = [share.diagonal for share in shares if share.diagonal is not None]
+        gradients = [share.gradient for share in shares if share.gradient is not None]
+        extras = [share.extras for share in shares if share.extras is not None]
+        return Scores(
+            positions=positions[order],
+            loss=torch.cat([share.loss for share in shares])[order],
+            tokens=torch.cat([share.tokens for share in shares])[order],
+            gradient=torch.cat(gradients)[order] if gradients else None,
+            diagonal=torch.stack(diagonals).double().sum(0) if diagonals else None,
+            diagonal_tokens=sum(share.diagonal_tokens for share in shares),
+            extras=torch.cat(extras)[order] if extras else None,
+        )
+
+    def broadcast_picks(self, step: int, selection: Selection | None) -> Selection:
+        """Rank 0's selection, on every rank; the others pass None.
+
+        Raises:
+            RankDisagreement: the ranks do not hold the same picks afterwards.
+        """
+        if self.world == 1:
+            assert selection is not None
+            return selection
+        size = self.exchange(step, "picks", [0 if selection is None else len(selection.picks)])
+        count = int(size[0, 0])
+        payload = torch.empty(count * 12, dtype=torch.uint8)
+        if selection is not None:
+            picks, weights = selection.picks.contiguous(), selection.weights.contiguous()
+            payload = torch.cat([picks.view(torch.uint8), weights.view(torch.uint8)])
+        payload = payload.to(self.device)
+        dist.broadcast(payload, src=0)
+        payload = payload.cpu()
+        self._count("broadcast of picks", payload)
+        received = Selection(
+            picks=_as(payload[: count * 8], torch.int64),
+            weights=_as(payload[count * 8 :], torch.float32),
+            stats={} if selection is None else selection.stats,
+        )
+        return self.agree_picks(step, received)
+
+    def agree_picks(self, step: int, selection: Selection) -> Selection:
+        """Check that every rank holds these picks and weights, and return them.
+
+        Raises:
+            RankDisagreement: naming the ranks that do not.
+        """
+        if self.world > 1:
+            digest = hashlib.sha256(selection.picks.numpy().tobytes())
+            digest.update(selection.weights.numpy().tobytes())
+            self.agree(step, "the hash of the picks", digest.hexdigest())
+        return selection
+
+    def add_rows(self, phase: str, rows: Tensor) -> Tensor:
+        """(p, D) float32, each row zero on all ranks but one -> that rank's rows, bit for bit.
+
+        It carries no stamp: it follows an exchange that has one.
+        """
+        if self.world == 1:
+            return rows
+        # As integers: in float32 the zeros of the others would turn -0 into 0.
+        bits = rows.contiguous().view(torch.int32).to(self.device, copy=True)
+        dist.all_reduce(bits)
+        self._count(phase, bits)
+        return bits.to(rows.device).view(torch.float32)
+
+    def time_all_reduce(self, size: int, repeats: int) -> list[float]:
+        """Seconds of each of `repeats` all-reduces of `size` bytes, after two that do not count."""
+        data = torch.zeros(size // 4, device=self.device)
+        took = []
+        for _ in range(repeats + 2):
+            start = time.perf_counter()
+            if self.world > 1:
+                dist.all_reduce(data)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            took.append(time.perf_counter() - start)
+        return took[2:]
+
+    def _all_gather(self, mine: Tensor, phase: str) -> Tensor:
+        """(n,) -> (world, n), on the CPU for CPU tensors and on `device` otherwise."""
+        if self.world == 1:
+            return mine[None]
+        sent = mine.to(self.device)
+        table = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.device)
+        _all_gather_single(table.view(-1), sent)
+        self._count(phase, sent)
+        return table.to(mine.device)
+
+    def _count(self, phase: str, payload: Tensor) -> None:
+        count = self.traffic.setdefault(phase, [0, 0])
+        count[0] += 1
+        count[1] += payload.numel() * payload.element_size()
+
+    def _check_stamps(self, stamps: npt.NDArray[np.int64], step: int, phase: str) -> None:
+        odd = (stamps != stamps[self.rank]).any(1).nonzero()[0]
+        if odd.size:
+            where = ", ".join(f"rank {r} at step {stamps[r, 0]}" for r in odd)
+            raise RankDisagreement(
+                f"rank {self.rank} is at step {step}, {phase!r}, but {where} or in another phase: "
+                "a collective was skipped or reordered"
+            )
+
+
+def _cause(error: BaseException) -> str:
+    """A collective's error without the place in the library where it was raised."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\]\s*", "", first)[:200]
+
+
+def _code(phase: str) -> int:
+    return zlib.crc32(phase.encode())
+
+
+def _pack(scores: Scores) -> Tensor:
+    """The bytes of a rank's share: 8-byte numbers first, the sketch in the dtype it has."""
+    device = scores.loss.device  # positions come from the rows, which stay on the CPU
+    count = torch.tensor([scores.diagonal_tokens], device=device)
+    parts = [count, scores.positions.to(device), scores.tokens, scores.loss.float()]
+    if scores.diagonal is not None:
+        parts.append(scores.diagonal.float())
+    if scores.extras is not None:
+        parts.append(scores.extras.float())
+    if scores.gradient is not None:
+        parts.append(scores.gradient)
+    return torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
+
+
+def _sizes(like: Scores, n: int) -> list[int]:
+    """Bytes of each field of a share of n candidates, in `_pack`'s order."""
+    sketch = 0
+    if like.gradient is not None:
+        sketch = like.gradient.shape[1] * like.gradient.element_size()
+    diagonal = 0 if like.diagonal is None else 4 * len(like.diagonal)
+    extras = 0 if like.extras is None else 4 * like.extras.shape[1]
+    return [8, 8 * n, 8 * n, 4 * n, diagonal, extras * n, sketch * n]
+
+
+def _bytes(like: Scores, n: int) -> int:
+    return sum(_sizes(like, n))
+
+
+def _unpack(row: Tensor, n: int, like: Scores) -> Scores:
+    """Undo `_pack` for a rank's row with n candidates."""
+    parts = row[: _bytes(like, n)].split(_sizes(like, n))
+    count, positions, tokens, loss, diagonal, side, sketch = parts
+    gradient, extras = None, None
+    if like.extras is not None:
+        extras = _as(side, torch.float32).view(n, like.extras.shape[1])
+    if like.gradient is not None:
+        gradient = _as(sketch, like.gradient.dtype).view(n, like.gradient.shape[1])
+    return Scores(
+        positions=_as(positions, torch.int64),
+        loss=_as(loss, torch.float32),
+        tokens=_as(tokens, torch.int64),
+        gradient=gradient,
+        diagonal=None if like.diagonal is None else _as(diagonal, torch.float32),
+        diagonal_tokens=int(_as(count, torch.int64)),
+        extras=extras,
+    )
+
+
+def _as(data: Tensor, dtype: torch.dtype) -> Tensor:
+    # A view needs its offset aligned to the new dtype; a copy always is.
+    return data.clone().view(dtype)

@@ -1,0 +1,47 @@
+"""Seconds per phase of a step, on the clock or between events of a GPU's stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Stopwatch:
+    """Seconds per phase: `with watch("score"): ...`, then `watch.seconds()["score_s"]`.
+
+    On a GPU the time between two events of its stream counts, so that nothing has to wait for the
+    device inside the step; `seconds` waits once, at the end.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._spans.append((f"{phase}_s", start, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase so far, repeated phases added up."""
+        out: dict[str, float] = {}
+        if self._cuda:
+            torch.cuda.synchronize()
+        for key, start, end in self._spans:
+            took = start.elapsed_time(end) / 1000 if self._cuda else end - start
+            out[key] = out.get(key, 0.0) + took
+        return out
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,112 @@
+"""What is checked before the first step, with weights and without."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from slap_ds.config.deepspeed import resolve_deepspeed
+from slap_ds.config.schema import Config
+from slap_ds.data.packing import Candidate, make_row
+from slap_ds.engine import Engine
+from slap_ds.models.reuse import host_boundary_bytes
+from slap_ds.scoring import Wants
+from slap_ds.selection import make_selector
+from slap_ds.train.inputs import make_parts, read_inputs
+from slap_ds.train.schedule import budget_at
+
+if TYPE_CHECKING:
+    from slap_ds.train.run import Run
+
+
+def check_isolation(engine: Engine, model_config: Any, attention: str) -> None:
+    """Refuse a model in which the samples of a packed row see each other.
+
+    An architecture may ignore `position_ids` and the samples' lengths without a word. So one sample
+    is scored twice, in rows that differ in the sample before it alone.
+
+    Raises:
+        ValueError: its loss differs.
+    """
+    vocab = model_config.get_text_config().vocab_size
+    ids = np.arange(1, 19) * 7919 % vocab  # a prime, so that they differ
+    trained = np.ones(len(ids), dtype=bool)
+    rows = [
+        make_row([Candidate(0, first, trained[:6]), Candidate(1, ids[6:], trained[6:])])
+        for first in (ids[:6], ids[5::-1])
+    ]
+    loss = engine.score(rows, Wants()).loss
+    if abs(float(loss[3] - loss[1])) > 1e-6 * float(loss[1]):
+        raise ValueError(
+            f"samples of a packed row see each other in {model_config.model_type} with "
+            f"model.attention {attention}: try packed, sdpa or flash_attention_2; architectures "
+            "that give their attention neither positions nor lengths cannot be trained here"
+        )
+
+
+def check_boundaries(run: Run) -> None:
+    """Refuse forward reuse whose block inputs cannot fit, before any step is taken.
+
+    Raises:
+        ValueError: the boundaries of a rank's candidates exceed the memory that is free for them.
+    """
+    text = run.inputs.model_config.get_text_config()
+    local = run.config.batch.candidates / run.comm.world * float(run.inputs.train.lengths.mean())
+    value = {"float32": 4, "bfloat16": 2}[run.config.model.dtype]
+    layers, width = text.num_hidden_layers, text.hidden_size
+    need = local * width * (layers + 1) * value
+    on_cpu = run.engine.device.type == "cpu"
+    on_host = run.config.step.boundaries == "host" or on_cpu
+    if on_host and not on_cpu:
+        need = host_boundary_bytes(local, run.config.score_row_tokens, layers, width, value)
+    if on_host:
+        free = _free_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", run.comm.world))
+    else:
+        free = float(torch.cuda.mem_get_info(run.engine.device)[0])
+    if need > free:
+        raise ValueError(
+            f"forward reuse keeps about {need / 2**30:.1f} GiB of block inputs on a rank, "
+            f"{free / 2**30:.1f} GiB are free for them on the {'host' if on_host else 'device'}: "
+            "lower batch.candidates, use step.boundaries: host, or step.forward: separate"
+        )
+
+
+def _free_host_bytes() -> float:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        sizes = dict(line.split(":") for line in file)
+    return float(sizes["MemAvailable"].split()[0]) * 1024
+
+
+def dry_run(config: Config) -> dict[str, Any]:
+    """Everything short of weights: returns what the run would do, for printing.
+
+    Raises:
+        ValueError, FileNotFoundError: what `prepare` would raise.
+    """
+    make_selector(config.selection.model_dump())
+    # The folder of a run that has begun keeps the rejects of what it trains on.
+    begun = (Path(config.run_dir) / "metrics.jsonl").exists()
+    inputs = read_inputs(config, write_rejects=not begun)
+    stream, _, selector = make_parts(config, inputs.train)
+    text = inputs.model_config.get_text_config()
+    if config.engine.kind == "deepspeed":
+        resolve_deepspeed(config, 1, text.hidden_size)
+    middle, candidates = len(stream) // 2, config.batch.candidates
+    budget = budget_at(middle, len(stream), candidates, config, selector)
+    return {
+        "training samples": len(inputs.train),
+        "evaluation samples": len(inputs.eval) if inputs.eval else 0,
+        "tokens": int(inputs.train.lengths.sum()),
+        "trained tokens": int(inputs.train.trained_tokens.sum()),
+        "rejected rows": inputs.train.counts.rejected,
+        "steps": len(stream),
+        "candidates per step": config.batch.candidates,
+        "trained per step": budget,
+        "epochs of candidates": round(stream.total / len(inputs.train), 2),
+        "model": f"{inputs.model_config.model_type}, {text.num_hidden_layers} blocks of width "
+        f"{text.hidden_size}, vocabulary {text.vocab_size}",
+    }

@@ -1,0 +1,98 @@
+"""What a run reads before any weight is made: tokenizer, model config, token stores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slap_ds.config.schema import Config
+from slap_ds.data.sources import Limits
+from slap_ds.data.store import TokenStore, build_store
+from slap_ds.data.stream import CandidateStream
+from slap_ds.data.templates import make_template
+from slap_ds.models.load import check_fit, check_window, load_config, load_tokenizer
+from slap_ds.scoring import Scorer, ScoringPlan
+from slap_ds.selection import Course, Selector, make_selector
+
+
+@dataclass
+class Inputs:
+    """What a run reads, before any weight is made."""
+
+    model_config: Any
+    tokenizer: Any
+    train: TokenStore
+    eval: TokenStore | None
+    validation: TokenStore | None = None  # what selection looks at beside the candidates
+
+
+def read_inputs(
+    config: Config,
+    progress: Callable[[int], None] | None = None,
+    write_rejects: bool = True,
+) -> Inputs:
+    """Tokenizer, model config and token stores, checked against each other.
+
+    Args:
+        progress: called with the rows read so far, of one store after the other.
+        write_rejects: put lists of the rows that cannot be used into the run's folder.
+    """
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
+    model_config = load_config(config.model.path, config.model.config)
+    check_fit(model_config, tokenizer, config.data.max_tokens)
+    check_window(model_config, config.model.attention, config.data.max_tokens)
+    template = make_template(config.data.template, tokenizer)
+    run_dir = Path(config.run_dir)
+
+    def store(paths: list[str], rejects: str) -> TokenStore:
+        data = config.data
+        return build_store(
+            paths,
+            format=data.format,
+            template=template,
+            max_tokens=data.max_tokens,
+            over_length=data.over_length,
+            cache_dir=_cache_dir(config),
+            max_reject_share=data.max_reject_share,
+            rejects_path=run_dir / rejects if write_rejects else None,
+            progress=progress,
+            limits=Limits(data.max_row_bytes, data.max_depth),
+        )
+
+    train = store(config.data.train, "rejects.jsonl")
+    held_out = store(config.data.eval, "rejects-eval.jsonl") if config.data.eval else None
+    validation = None
+    if config.selection.validation:
+        validation = store(config.selection.validation, "rejects-validation.jsonl")
+        shared = 0
+        if held_out is not None:
+            shared = int(np.isin(validation.content, held_out.content).sum())
+        if shared:
+            raise ValueError(
+                f"{shared} samples of selection.validation are in data.eval too: what selection "
+                "has looked at cannot measure it; take other samples for one of them"
+            )
+    return Inputs(model_config, tokenizer, train, held_out, validation)
+
+
+def _cache_dir(config: Config) -> Path:
+    fallback = Path.home() / ".cache" / "slap_ds"
+    return Path(config.data.cache_dir or os.environ.get("SLAP_CACHE_DIR") or fallback)
+
+
+def make_parts(config: Config, store: TokenStore) -> tuple[CandidateStream, Scorer, Selector]:
+    """The stream, scorer and selector of a configuration, in their starting state."""
+    stream = CandidateStream(
+        len(store), config.batch.candidates, config.seed, steps=config.steps, epochs=config.epochs
+    )
+    selector = make_selector(config.selection.model_dump())
+    ids, candidates = torch.from_numpy(store.sample_ids), config.batch.candidates
+    selector.begin(Course(ids, len(stream), candidates))
+    scorer = Scorer(ScoringPlan(config.resolved_scoring, selector.needs, config.seed))
+    return stream, scorer, selector

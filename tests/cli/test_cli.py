@@ -1,0 +1,264 @@
+"""The command line: one clear line and a non-zero exit for every mistake; whole short runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slap_ds.checkpoint import find as checkpoint
+from slap_ds.cli import main
+from slap_ds.models.load import DEMO_TOKENIZER
+from tests.recipes import tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def write(model, tmp_path):
+    """Writes a config file of a tiny one-process run with changes by dotted key."""
+
+    def write(**changes) -> str:
+        config = tiny_config(
+            model, tmp_path / "run", steps=2, engine={"kind": "torch"}, evaluation={}
+        )
+        raw = config.model_dump(mode="json")
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            if name:
+                raw[section][name] = value
+            else:
+                raw[section] = value
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return str(path)
+
+    return write
+
+
+def fails(capsys, *arguments: str) -> str:
+    """Run the command; it must exit with 1 and say one thing on stderr. Returns that."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert caught.value.code == 1
+    text = capsys.readouterr().err
+    assert text.count("slap-ds: error") == 1
+    assert "Traceback" not in text
+    return text[text.index("slap-ds: error") :]
+
+
+def rows(tmp_path, *rows) -> list[str]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(path)]
+
+
+TOTALS = ("picked", "trained_tokens", "flops", "step_s", "score_s", "selection_s")
+GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+
+
+def test_mistakes_in_the_file(capsys, write):
+    assert "did you mean 'keep'" in fails(capsys, "train", write(selection__kep=0.5))
+    assert "selection.keep" in fails(capsys, "train", write(selection__keep=0))
+    assert "selection.keep" in fails(capsys, "train", write(selection__keep=1.01))
+    assert "optimizer.lr" in fails(capsys, "train", write(optimizer__lr="fast"))
+    assert "slapp" in fails(capsys, "train", write(selection__method="slapp"))
+    assert "no config file" in fails(capsys, "train", "nowhere.yaml")
+
+
+@pytest.mark.parametrize("command", [["train"], ["train", "--dry-run"], ["preview"]])
+def test_mistakes_in_what_the_file_names(capsys, write, tmp_path, command):
+    def told(**changes):
+        return fails(capsys, *command, write(**changes))
+
+    assert "nowhere.jsonl" in told(data__train=["./nowhere.jsonl"])
+    assert "no model folder" in told(model__path="./nowhere")
+    assert "nowhere" in told(model__tokenizer="./nowhere/tokenizer.json")
+    assert "nonsense" in told(data__template="nonsense")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty" in told(data__train=[str(tmp_path / "empty.jsonl")]).lower()
+    silent = {"messages": [{"role": "user", "content": "hi"}]}
+    text = told(data__train=rows(tmp_path, GOOD, silent, silent))
+    assert "assistant" in text
+    long = {"messages": [{"role": "user", "content": "word " * 500}, GOOD["messages"][1]]}
+    assert "supervised" in told(data__train=rows(tmp_path, long)).lower()
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(capsys, write, tmp_path):
+    small = tiny_model(tmp_path / "small", vocab_size=1000)
+    assert "ids up to 2047" in fails(capsys, "train", write(model__path=small))
+    assert "512 positions" in fails(
+        capsys, "train", write(data__max_tokens=600, batch__micro_batch_tokens=600)
+    )
+
+
+def test_a_checkpoint_of_another_world_or_other_data(capsys, write, tmp_path):
+    main(["train", write()])
+    manifest = next((tmp_path / "run" / "checkpoints").glob("*/manifest.json"))
+    saved = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(checkpoint.sealed({**saved, "world_size": 2})))
+    assert "saved by 2 ranks, this run has 1" in fails(capsys, "train", write(steps=3))
+    manifest.write_text(json.dumps(saved))
+    text = fails(capsys, "train", write(data__train=rows(tmp_path, GOOD), steps=3))
+    assert "was saved on other training data" in text
+    assert "checkpoint.resume is never" in fails(capsys, "train", write(checkpoint__resume="never"))
+    assert "must" in fails(
+        capsys, "train", write(checkpoint__resume="must", run_dir=str(tmp_path / "fresh"))
+    )
+
+
+def test_reuse_where_it_cannot_be(capsys, write, tmp_path, monkeypatch):
+    noisy = tiny_model(tmp_path / "noisy", attention_dropout=0.1)
+    changes = {"model__path": noisy, "model__gradient_checkpointing": True}
+    text = fails(capsys, "train", write(step__forward="reuse", **changes))
+    assert "attention_dropout = 0.1" in text
+    monkeypatch.setattr("slap_ds.train.checks._free_host_bytes", lambda: 1000.0)
+    text = fails(capsys, "train", write(model__gradient_checkpointing=True))
+    assert "GiB are free for them on the host" in text
+    text = fails(capsys, "train", write(step__forward="reuse", step__balance="deal"))
+    assert "choose quota or none" in text
+
+
+def test_train_export_generate_compare(capsys, write, tmp_path):
+    main(["train", write()])
+    capsys.readouterr()
+    main(["export", str(tmp_path / "run")])
+    assert f"wrote {tmp_path / 'run' / 'model'}: step 2 of 2\n" in capsys.readouterr().out
+    main(["generate", str(tmp_path / "run" / "model"), "Hello", "--max-new-tokens", "4"])
+    assert "assistant:" in capsys.readouterr().out
+    main(["compare", str(tmp_path / "run"), str(tmp_path / "run")])
+    text = capsys.readouterr().out
+    assert "samples trained" in text
+    assert "translation" in text
+    assert "no exported model" in fails(capsys, "generate", str(tmp_path), "Hello")
+    assert "no whole checkpoint" in fails(capsys, "export", str(tmp_path))
+    assert "no metrics.jsonl" in fails(capsys, "compare", str(tmp_path))
+    with (tmp_path / "run" / "model" / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    text = fails(capsys, "generate", str(tmp_path / "run" / "model"), "Hello")
+    assert "is cut off or damaged" in text
+    assert text.count("\n") == 1
+
+
+def test_losses_of_different_tokens_have_no_ratio(write, tmp_path, capsys):
+    """Runs that differ in what they were evaluated on, and by which tokenizer; or only in names."""
+    records = [
+        {"event": "eval", "eval_loss": 4.0, "eval_loss_by_task": {"qa": 4.0}},
+        {"event": "train", "loss": 3.0, "total": dict.fromkeys(TOTALS, 8)},
+        {"event": "eval", "eval_loss": 2.0, "eval_loss_by_task": {"qa": 2.0}},
+    ]
+    copy = tmp_path / "copy.json"
+    copy.write_bytes((DEMO_TOKENIZER / "tokenizer.json").read_bytes())
+    changes = {
+        "a": {"model__tokenizer": str(DEMO_TOKENIZER)},
+        "b": {"model__tokenizer": str(copy)},
+        "c": {"data__max_tokens": 128, "model__tokenizer": str(copy)},
+        "d": {"data__eval": ["other.jsonl"], "model__tokenizer": "other/tokenizer"},
+    }
+    for name, change in changes.items():
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_bytes(Path(write(**change)).read_bytes())
+        (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    def compared(*names):
+        capsys.readouterr()
+        main(["compare", *(str(tmp_path / name) for name in names)])
+        text = capsys.readouterr().out
+        return text.count("1.000"), text
+
+    ratios, text = compared("a", "b")
+    assert "different tokens" not in text
+    costs, text = compared("a", "c")
+    assert ratios == costs + 4  # training, before, after, qa
+    assert text.endswith("would say nothing: data.max_tokens is 256 in a, 128 in c\n")
+    costs, text = compared("a", "c", "d")
+    assert ratios == costs + 4
+    assert "data.eval is ['builtin:demo/eval'] in a, ['other.jsonl'] in d; model.tok" in text
+    assert f"model.tokenizer is {DEMO_TOKENIZER} in a, other/tokenizer in d\n" in text
+    assert compared("a", "c", "b")[0] == ratios
+
+
+# Of 659 training samples, 16 at a step.
+@pytest.mark.parametrize("length", [{"steps": 5}, {"steps": None, "epochs": 0.1}])
+def test_an_export_tells_where_the_run_stands(write, tmp_path, capsys, monkeypatch, length):
+    from slap_ds.train import loop as trainer
+
+    def preempted(run, step):
+        save(run, step)
+        run.saver.wait()
+        raise KeyboardInterrupt
+
+    save = trainer.save
+    monkeypatch.setattr(trainer, "save", preempted)
+    fails(capsys, "train", write(**length, checkpoint__every=2))
+    main(["export", str(tmp_path / "run")])
+    assert capsys.readouterr().out.endswith("model: step 2 of 5\n")
+
+
+def test_the_exported_model_is_the_trained_one(write, tmp_path):
+    """transformers alone loads it, with the run's weights, tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from slap_ds.checkpoint import find as checkpoint
+    from slap_ds.engine.whole_state import whole_weights
+
+    main(["train", write()])
+    main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    trained = whole_weights(checkpoint.find(tmp_path / "run")[-1].folder)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = tokenizer.apply_chat_template(GOOD["messages"], tokenize=False)
+    assert "<|im_start|>assistant\nho<|im_end|>" in text
+
+
+def test_a_finished_run_has_nothing_left_to_do(write, tmp_path):
+    main(["train", write()])
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    main(["train", write()])
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_dry_run_trains_nothing(capsys, write, tmp_path):
+    main(["train", write(), "--dry-run"])
+    assert "candidates per step  16" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_settings_and_help_list_everything(capsys):
+    main(["settings"])
+    assert "selection.keep" in capsys.readouterr().out
+    for command in ("train", "preview", "export", "compare", "generate", "doctor", "settings"):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0
+
+
+def test_the_process_itself_exits_clean(write):
+    """As a user starts it: no traceback on stderr, exit status 1, and 0 for a dry run."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "slap_ds", "--local_rank=0", *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+        )
+
+    bad = run("train", write(), "--selection.keep", "2")
+    assert bad.returncode == 1
+    assert bad.stderr.count("\n") == 2
+    assert "selection.keep" in bad.stderr
+    assert run("train", write(), "--dry-run").returncode == 0

@@ -1,0 +1,93 @@
+"""Kronecker sketches keep inner products within the Johnson-Lindenstrauss bound, over seeds."""
+
+import numpy as np
+import pytest
+import torch
+
+from slap_ds.scoring import Head, Wants, score_head
+from slap_ds.scoring.probes import projection
+from tests.scoring.test_hutchinson import row_of_samples, sample_loss, samples_of, score, tiny
+
+SEEDS = 300
+
+
+def bound(a, b):
+    """Standard deviation of <S_i, S_j>, over |G_i| |G_j| (docs/method.md)."""
+    return ((1 + 2 / a) * (1 + 2 / b) - 1) ** 0.5
+
+
+def check_inner_products(sketches, grams, a, b):
+    """sketches: (seeds, n, D). grams: (n, n) exact inner products."""
+    found = sketches @ sketches.transpose(1, 2)
+    length = grams.diagonal().sqrt()
+    error = (found - grams) / (length[:, None] * length)
+    # Unbiased: the mean over seeds is within four of its standard errors of nothing.
+    assert error.mean(0).abs().max() <= 4 * bound(a, b) / SEEDS**0.5
+    # A sample deviation over 300 seeds may exceed the true one by a little.
+    assert error.square().mean(0).sqrt().max() <= 1.15 * bound(a, b)
+    return error
+
+
+@pytest.mark.parametrize(("a", "b"), [(4, 4), (16, 4), (8, 32)])
+def test_head_kron_keeps_inner_products(a, b):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(30, 20, generator=g, dtype=torch.float64)
+    # Shared directions, as real hidden states have: inner products that are not all near zero.
+    hidden += torch.randn(20, generator=g, dtype=torch.float64)
+    head = Head(torch.randn(61, 20, generator=g, dtype=torch.float64))
+    targets = torch.randint(0, 61, (30,), generator=g)
+    sample = torch.arange(30) // 6
+
+    exact = torch.zeros(5, 400, dtype=torch.float64)
+    for h, y, s in zip(hidden, targets, sample, strict=True):
+        p = torch.softmax(head.weight @ h, 0)
+        p[y] -= 1
+        exact[s] += torch.outer(head.weight.t() @ p, h).flatten()
+    sketches = torch.stack(
+        [
+            score_head(
+                hidden,
+                head,
+                targets,
+                sample,
+                5,
+                Wants("head_kron", size=(a, b), seed=seed),
+                chunk_tokens=64,
+            ).gradient
+            for seed in range(SEEDS)
+        ]
+    )
+    error = check_inner_products(sketches, exact @ exact.t(), a, b)
+    # Chebyshev's side of the lemma: distances beyond five bounds are rarer than one in 25.
+    assert (error.abs() > 5 * bound(a, b)).double().mean() < 1 / 25
+
+
+def test_blocks_kron_keeps_inner_products():
+    a = b = 6
+    lm, row = tiny("llama"), row_of_samples()
+    found = [
+        score(lm, Wants("blocks_kron", size=(a, b), blocks=1, seed=seed), row).gradient
+        for seed in range(SEEDS)
+    ]
+    lm.set_attn_implementation("eager")
+    exact = []
+    for sample in samples_of(row):
+        lm.zero_grad()
+        sample_loss(lm, *sample).backward()
+        linears = [m for m in lm.base_model.layers[-1].modules() if isinstance(m, torch.nn.Linear)]
+        exact.append(torch.cat([m.weight.grad.flatten() for m in linears]))
+    exact = torch.stack(exact).double()
+    trained = exact.norm(dim=1) > 0
+    sketches = torch.stack(found).double()
+    assert sketches[:, ~trained].abs().max() == 0
+    exact, sketches = exact[trained], sketches[:, trained]
+    check_inner_products(sketches, exact @ exact.t(), a, b)
+
+
+@pytest.mark.parametrize("size", [1, 8, 33])
+def test_projections_keep_lengths_on_average(size):
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal(57))
+    lengths = [(projection(s, "P", size, 57).double() @ x).square().sum() for s in range(400)]
+    lengths = torch.stack(lengths) / x.square().sum()
+    assert abs(lengths.mean() - 1) < 4 * (2 / size / 400) ** 0.5
+    assert lengths.var() < 1.3 * 2 / size

@@ -1,0 +1,73 @@
+"""DESIGN: folders import only what stands left of them; one room for deepspeed and collectives."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "slap_ds"
+LEAVES = {"__init__", "config", "errors", "files", "jsonl", "timing"}
+ORDER = ["ops", "selection", "scoring", "data", "models", "distributed", "launch", "engine"]
+ORDER += ["checkpoint", "train", "evaluation", "bench", "study", "report", "cli"]
+# Files and folders beside that order: all they may import is what the named folder may, and it.
+BESIDE = {"estimate": "engine", "doctor": "engine", "curate": "train"}
+# Neither needs nor sees the other.
+SIBLINGS = {("bench", "evaluation"), ("evaluation", "bench")}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(module):
+    """The file or folder of the package's root that a module belongs to."""
+    parts = module.split(".")
+    known = len(parts) > 1 and (
+        (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists()
+    )
+    return parts[1] if known else "__init__"
+
+
+def allowed(name):
+    if name in LEAVES:
+        return LEAVES
+    if name in BESIDE:
+        return {name} | allowed(BESIDE[name])
+    left = ORDER[: ORDER.index(name) + 1]
+    beside = {one for one, base in BESIDE.items() if ORDER.index(base) < ORDER.index(name)}
+    return {one for one in left if (name, one) not in SIBLINGS} | LEAVES | beside
+
+
+def test_folders_import_only_to_their_left():
+    checked = 0
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if name == "__main__":
+            continue
+        for module in imports(path):
+            if module.split(".")[0] == "slap_ds":
+                assert room(module) in allowed(name), f"{path} imports {module}"
+                checked += 1
+    assert checked > 300
+
+
+def test_no_module_lies_loose_in_the_root():
+    loose = {path.stem for path in PACKAGE.glob("*.py")}
+    named = {"__init__", "__main__", "curate", "estimate", "errors", "files", "jsonl", "timing"}
+    assert loose <= named
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert folders == {*ORDER, "config", "doctor"}
+
+
+def test_deepspeed_and_collectives_stay_in_their_rooms():
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for module in imports(path):
+            if module.split(".")[0] == "deepspeed":
+                assert name == "engine", f"{path} imports deepspeed"
+            if module.startswith("torch.distributed"):
+                assert name in ("distributed", "engine"), f"{path} imports torch.distributed"

@@ -1,0 +1,114 @@
+"""The formulas of `slap-ds estimate` against counts of the model and sums over rows."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slap_ds.estimate import BOUNDARIES, GRADIENTS, OPTIMIZER, WEIGHTS, Hardware, Shape, estimate
+from slap_ds.models.reuse import host_boundary_bytes, pinned_bytes
+from tests.config.test_recipes import PUBLISHED
+from tests.recipes import tiny_config
+
+GIB = 2**30
+SLOW_NETWORK = Hardware(gather_bytes_per_s=1e9)
+GATHERED = "gathered weights (two blocks, head)"
+
+
+def meta(**changes):
+    fields = {**PUBLISHED["llama3-8b"], **changes}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(fields.pop("model_type"), **fields)
+        )
+
+
+def of(model, tmp_path, gpus=8, settings=None, candidates=32, **sections):
+    """An estimate for 512 tokens a sample; `settings` go into the DeepSpeed JSON."""
+    raw = json.loads(Path("configs/deepspeed/zero2.json").read_text())
+    raw["zero_optimization"] |= settings or {}
+    (tmp_path / "ds.json").write_text(json.dumps(raw))
+    sections = {
+        "model": {"dtype": "bfloat16", "gradient_checkpointing": True},
+        "batch": {"micro_batch_tokens": 8192},
+        "engine": {"deepspeed": str(tmp_path / "ds.json")},
+        **sections,
+    }
+    config = tiny_config("m", tmp_path / "run", **sections)
+    return estimate(config, Shape.of(model.config), 512, 0.5, gpus, candidates, SLOW_NETWORK)
+
+
+def test_each_stage_divides_what_it_divides(tmp_path):
+    model = meta()
+    count = sum(p.numel() for p in model.parameters())
+    found = {s: of(model, tmp_path, settings={"stage": s}) for s in (0, 1, 2, 3)}
+    for stage, e in found.items():
+        ranks = [8 if stage >= first else 1 for first in (3, 2, 1)]
+        for part, each, divided in zip(
+            (WEIGHTS, GRADIENTS, OPTIMIZER), (2, 2, 12), ranks, strict=True
+        ):
+            assert e.memory_gib[part] == pytest.approx(count * each / divided / GIB), (stage, part)
+        assert (e.memory_gib[GATHERED] > 0) == (stage == 3)
+    totals = [found[s].total_gib for s in (0, 1, 2, 3)]
+    assert totals == sorted(totals, reverse=True)
+    # 7/8 of 16 GB at 1 GB/s: once a row under ZeRO-3, twice in training. One row is scored, two
+    # are trained; whole weights are gathered once after the step, and gradients are reduced.
+    once = count * 2 * 7 / 8 / 1e9
+    for stage, (score, train) in {0: (0, 2), 1: (0, 2), 2: (0, 3), 3: (1, 4)}.items():
+        parts = found[stage].step_s
+        assert parts["train"] == pytest.approx(train * once), stage
+        assert parts["score"] == pytest.approx(once) if score else parts["score"] < once / 10
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gathered_block_is_a_block_of_the_model(tied, tmp_path):
+    model = meta(tie_word_embeddings=tied)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    head = model.get_output_embeddings().weight.numel()
+    found = of(model, tmp_path, settings={"stage": 3}).memory_gib[GATHERED]
+    assert found == pytest.approx((2 * block + head) * 2 / GIB, rel=1e-4)
+
+
+def test_offload_counts_each_buffer_of_the_host(tmp_path):
+    count = sum(p.numel() for p in meta().parameters())
+    for pinned in (False, True):
+        cpu = {"device": "cpu", "pin_memory": pinned}
+        settings = {"stage": 3, "offload_optimizer": cpu, "offload_param": cpu}
+        e = of(meta(), tmp_path, gpus=2, settings=settings)
+        assert not {WEIGHTS, GRADIENTS, OPTIMIZER} & set(e.memory_gib)
+        # master 4, moments 8, gradients 2 and 4, weights 2
+        least = count * 20 / 2 / GIB
+        total = sum(e.host_gib.values())
+        if not pinned:
+            assert total == pytest.approx(least)
+        else:  # 4.0e9 a rank: 7.5 GiB twice, and gradients in groups of 3.7 GiB
+            expected = {WEIGHTS: 8, GRADIENTS: 8 + 4 * 4 + 1 / 16, OPTIMIZER: count * 6 / GIB}
+            assert e.host_gib[WEIGHTS] == expected[WEIGHTS]
+            assert e.host_gib[GRADIENTS] == pytest.approx(expected[GRADIENTS], abs=0.1)
+            assert e.host_gib[OPTIMIZER] == pytest.approx(expected[OPTIMIZER])
+
+
+def test_block_inputs_on_the_host_are_shown_there(tmp_path):
+    model = meta()
+    kept = {
+        where: of(model, tmp_path, candidates=100, step={"boundaries": where})
+        for where in ("device", "host")
+    }
+    token = 33 * 4096 * 2
+    assert kept["device"].memory_gib[BOUNDARIES] == 100 * 512 * token / GIB
+    assert BOUNDARIES not in kept["device"].host_gib
+    # Three scored rows of 16,384 tokens and one of 2,048: powers of two already.
+    assert kept["host"].host_gib[BOUNDARIES] == 100 * 512 * token / GIB
+    assert kept["host"].memory_gib[BOUNDARIES] == 8192 * token / GIB  # the row in training
+
+
+@pytest.mark.parametrize("width", [4096, 5120])
+@pytest.mark.parametrize("tokens", [1, 4999, 16384, 50000])
+def test_pinned_rows_take_powers_of_two(tokens, width):
+    rows = [16384] * (tokens // 16384) + [tokens % 16384] * (tokens % 16384 > 0)
+    pinned = 33 * sum(2 ** math.ceil(math.log2(n * width * 2)) for n in rows)
+    assert host_boundary_bytes(tokens, 16384, 32, width, 2) == pinned
+    assert [pinned_bytes(n) for n in (0, 1, 2, 3, 4, 5, 1025)] == [0, 1, 2, 4, 4, 8, 2048]
