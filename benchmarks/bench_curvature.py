@@ -35,7 +35,7 @@ from slap_ds.scoring import Scorer, Scores
 from slap_ds.selection import select
 from slap_ds.train.run import Run, prepare
 from slap_ds.train.schedule import budget_at
-from slap_ds.train.step import train_step
+from slap_ds.train.record import train_step
 
 ALL = "all tokens"
 CONTESTANTS: dict[str, dict[str, Any]] = {

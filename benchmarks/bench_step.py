@@ -4,7 +4,7 @@
 
 All cases run in one process group on one engine, in turn, on the same candidate batches; a case's
 ratio is taken within each round, and the median over rounds is reported. The steps are the
-trainer's own `train_step`.
+trainer's own steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from slap_ds.engine import stop_ranks
 from slap_ds.models.causal import block_flops, head_flops
 from slap_ds.scoring import Wants
 from slap_ds.train.run import Run, prepare
-from slap_ds.train.step import train_step
+from slap_ds.train.record import train_step
 
 PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimizer")
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def main() -> None:
         for name, run in cases.items():
             base.comm.barrier(number, name)
             cpu = time.process_time()
-            _, record = train_step(run, number, batch)
+            record = train_step(run, number, batch).metrics
             # Wall time is what counts; CPU time tells it apart from a busy machine's.
             (record["cpu_s"],) = base.comm.sum(number, "cpu seconds", [time.process_time() - cpu])
             if number >= options.warmup:

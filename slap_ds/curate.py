@@ -1,6 +1,6 @@
 """The part of the training data that a selection keeps, as a data set for other trainers.
 
-config's model -> train_step without the training, once over all candidates -> picks, losses
+config's model -> plan, score, choose, once over all candidates -> picks, losses
 or a run's picks.jsonl                                                       -> times picked
 sources, read again -> the kept rows as they were, with a field `slap` -> FILE
 """
@@ -30,15 +30,12 @@ from slap_ds.data.store import POSITION_BITS, TokenStore
 from slap_ds.data.templates import make_template
 from slap_ds.distributed.comm import Comm
 from slap_ds.distributed.startup import while_others_wait
-from slap_ds.engine import TrainStats
 from slap_ds.jsonl import read_lines
-from slap_ds.scoring import Scorer
-from slap_ds.selection import ScoredBatch
 from slap_ds.selection.strata import assign_strata
 from slap_ds.train.inputs import Inputs, read_inputs
 from slap_ds.train.run import Run, prepare
 from slap_ds.train.score_pass import sum_pass
-from slap_ds.train.step import train_step
+from slap_ds.train.step import choose, plan_step, score
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -132,29 +129,18 @@ def _once_over(config: Config, scratch: Path) -> Config:
     return Config.model_validate(raw)
 
 
-class _Watched(Scorer):
-    """A scorer that keeps what it gave to the selector last."""
-
-    seen: ScoredBatch | None = None
-
-    def finish(self, *arguments: Any, **more: Any) -> ScoredBatch:
-        self.seen = super().finish(*arguments, **more)
-        return self.seen
-
-
 def _picked(run: Run) -> Kept:
     """What the run's selection keeps of each candidate batch; on all ranks but 0 nothing."""
-    run.engine.train = lambda *_, **__: TrainStats(0.0, 0.0, {})  # type: ignore[method-assign]
-    scorer = run.scorer = _Watched(run.scorer.plan)
     slap = run.config.selection
     kept: Kept = {}
     for step, indices in enumerate(run.stream):
-        run.step, scorer.seen = step, None
         batch = CandidateBatch(run.inputs.train, indices)
-        selection, _ = train_step(run, step, batch)
+        plan = plan_step(run, step, batch)
+        scored = score(run, plan)
+        selection = choose(run, plan, scored)
         strata = None
-        if scorer.seen is not None:
-            losses = scorer.seen.loss.double().cpu()
+        if scored is not None:
+            losses = scored.loss.double().cpu()
             if slap.method == "slap":
                 strata = _strata(losses, slap.strata, slap.strata_by)
         else:  # a method that looks at no scores

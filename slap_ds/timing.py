@@ -20,6 +20,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._spans: list[tuple[str, Any, Any]] = []
+        self._start = self._now()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -28,6 +29,10 @@ class Stopwatch:
             yield
         finally:
             self._spans.append((f"{phase}_s", start, self._now()))
+
+    def stop(self, phase: str) -> None:
+        """What has passed since the watch was made counts as `phase`."""
+        self._spans.append((f"{phase}_s", self._start, self._now()))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase so far, repeated phases added up."""

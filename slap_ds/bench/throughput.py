@@ -2,7 +2,7 @@
 
     prepare (real or random data) -> warm-up steps -> measured steps -> Point -> JSON, table, plot
 
-The steps are `trainer.train_step`, and their records go to the run's metrics.jsonl as in training.
+The steps are those of `train.loop`, and their records go to the run's metrics.jsonl as in training.
 A rate is a sum over the measured steps divided by the wall clock from a barrier before the first to
 a barrier after the last, so what a step does outside its own stopwatch counts too.
 """
@@ -27,8 +27,8 @@ from slap_ds.jsonl import JsonLines
 from slap_ds.models.causal import block_flops, head_flops
 from slap_ds.selection import Selection
 from slap_ds.train.inputs import Inputs
-from slap_ds.train.run import Run, prepare
-from slap_ds.train.step import train_step
+from slap_ds.train.record import train_step
+from slap_ds.train.run import Run, TrainState, prepare
 
 PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimizer")
 # Settings that a sweep changes on the same engine, so that the points share their weights.
@@ -87,9 +87,9 @@ def throughput(
     metrics = JsonLines(run.run_dir / "metrics.jsonl", 0) if run.comm.rank == 0 else None
     points = []
     for value, changed in settings:
-        point_run = replace(run, config=changed.model_copy(update=updates), totals={})
+        point_run = replace(run, config=changed.model_copy(update=updates), state=TrainState(run.state.step))
         point = _measure(point_run, steps, warmup, metrics, peak, source)
-        run.step = point_run.step
+        run.state.step = point_run.state.step
         points.append({"sweep": sweep, "value": value, **point})
     if metrics is not None:
         metrics.close()
@@ -110,34 +110,34 @@ def _measure(
 ) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     model_flops = 0.0
-    first = run.step
+    first = run.state.step
     start, traffic = 0.0, {}
     for number in range(warmup + steps):
         if number == warmup:
             traffic = {phase: list(count) for phase, count in run.comm.traffic.items()}
-            run.comm.barrier(run.step, "the first measured step")
+            run.comm.barrier(run.state.step, "the first measured step")
             start = time.perf_counter()
         batch = CandidateBatch(run.inputs.train, next(run.stream))
-        selection, record = train_step(run, run.step, batch)
-        record["warmup"] = number < warmup
+        record = train_step(run, run.state.step, batch)
+        record.metrics["warmup"] = number < warmup
         if metrics is not None:
-            metrics.write(record)
+            metrics.write(record.metrics)
         if number >= warmup:
-            records.append(record)
-            model_flops += _model_flops(run, batch, selection)
-        run.step += 1
-    run.comm.barrier(run.step, "the last measured step")
+            records.append(record.metrics)
+            model_flops += _model_flops(run, batch, record.selection)
+        run.step_done(run.state.step)
+    run.comm.barrier(run.state.step, "the last measured step")
     # Rank 0's clock, so that every rank reports the same numbers.
     (wall_s,) = run.comm.sum(
-        run.step, "wall clock", [time.perf_counter() - start if run.comm.rank == 0 else 0.0]
+        run.state.step, "wall clock", [time.perf_counter() - start if run.comm.rank == 0 else 0.0]
     )
     ours = {
         phase: _per_step(count, traffic.get(phase, [0, 0]), steps)
         for phase, count in run.comm.traffic.items()
     }
     with logged_collectives() as theirs:
-        train_step(run, run.step, CandidateBatch(run.inputs.train, next(run.stream)))
-    run.step += 1
+        train_step(run, run.state.step)
+    run.step_done(run.state.step)
     return {
         "steps": [first + warmup, first + warmup + steps - 1],
         "ranks": run.comm.world,
@@ -158,7 +158,6 @@ def _measure(
         "micro_batch_tokens": run.config.batch.micro_batch_tokens,
         "candidates": run.config.batch.candidates,
         "forward": records[-1]["forward"],
-        "where": run.config.selection.where,
         "parameters": run.engine.parameters,
     }
 

@@ -24,8 +24,8 @@ from slap_ds.engine import start_ranks, stop_ranks
 from slap_ds.evaluation.reference import write_losses
 from slap_ds.train.inputs import make_parts
 from slap_ds.train.loop import train
-from slap_ds.train.run import prepare
-from slap_ds.train.step import train_step
+from slap_ds.train.record import train_step
+from slap_ds.train.run import TrainState, prepare
 
 TIMING_ROUNDS = 9
 TIMING_WARMUP = 2
@@ -108,13 +108,15 @@ def time_steps(task: TimeTask) -> dict[str, float]:
     for name, config in task.configs.items():
         # Another's scorer and selector, this one's engine and candidates.
         _, scorer, selector = make_parts(config, base.inputs.train)
-        runs[name] = replace(base, config=config, scorer=scorer, selector=selector, totals={})
+        runs[name] = replace(
+            base, config=config, scorer=scorer, selector=selector, state=TrainState()
+        )
     ratios: dict[str, list[float]] = {name: [] for name in task.configs}
     for number in range(TIMING_ROUNDS):
         batch = CandidateBatch(base.inputs.train, next(base.stream))
         took = {}
         for name, run in runs.items():
-            took[name] = train_step(run, number, batch)[1]["step_s"]
+            took[name] = train_step(run, number, batch).metrics["step_s"]
         if number >= TIMING_WARMUP:
             for name, values in ratios.items():
                 values.append(took[name] / took[""])

@@ -1,4 +1,4 @@
-"""The training loop: candidates -> step -> metrics -> evaluation and checkpoint where due."""
+"""The training loop: candidates -> scores -> picks -> one optimizer step -> record."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import hashlib
 from typing import Any
 
 from slap_ds import jsonl
-from slap_ds.data.batch import CandidateBatch
-from slap_ds.engine import limit_waiting
-from slap_ds.jsonl import JsonLines
 from slap_ds.train.evaluate import evaluate_loss
-from slap_ds.train.progress import Progress
+from slap_ds.train.journal import Journal
+from slap_ds.train.record import step_record
 from slap_ds.train.run import Run
-from slap_ds.train.step import train_step
+from slap_ds.train.step import choose, plan_step, score, train_on
 
 
 class Preempted(Exception):
@@ -20,98 +18,50 @@ class Preempted(Exception):
 
 
 def train(run: Run) -> None:
-    """All steps from `run.start_step` on, with the evaluations and checkpoints that fall due."""
-    config, comm = run.config, run.comm
-    steps = len(run.stream)
-    writer = comm.rank == 0
-    metrics = JsonLines(run.run_dir / "metrics.jsonl", run.start_step) if writer else None
-    picked = JsonLines(run.run_dir / "picks.jsonl", run.start_step) if writer else None
-    by_sample = None
-    if writer and config.evaluation.keep_losses:
-        by_sample = JsonLines(run.run_dir / "eval_samples.jsonl", run.start_step)
-    quarantine = JsonLines(run.run_dir / "quarantine.jsonl", run.start_step) if writer else None
-    progress = Progress(steps, run.start_step, visible=writer)
-    if metrics is not None and run.changed:
-        metrics.write({"event": "settings", "step": run.start_step - 1, "changed": run.changed})
-        for key, (was, now) in run.changed.items():
-            progress.note(f"goes on from step {run.start_step} with {key} {now}, was {was}")
-    if run.start_step >= steps:
-        progress.note(
-            f"{run.run_dir} has done {run.start_step} of {steps} steps, nothing is left to do: "
-            "raise steps or epochs, or choose another run_dir"
-        )
+    """candidates -> scores -> picks -> one optimizer step -> record, then what is due.
 
-    def log_evaluation(step: int) -> None:
-        result = _evaluate(run, step)
-        samples = result.pop("samples", None)
-        if by_sample is not None and samples:
-            by_sample.write({"step": step, **samples})
-        if metrics is not None and result:
-            metrics.write({"event": "eval", "step": step, **result})
-            progress.note(f"evaluation loss {result['eval_loss']:.4f} nats per token")
-
-    def log_checkpoints() -> None:
-        while run.saver.records:
-            record = run.saver.records.pop(0)
-            if metrics is not None:
-                metrics.write(record)
-
-    if run.start_step == 0 or run.owes_evaluation:
-        log_evaluation(run.start_step - 1)
-    with progress:
-        for step in range(run.start_step, steps):
-            run.step = step
-            batch = CandidateBatch(run.inputs.train, next(run.stream))
-            selection, record = train_step(run, step, batch)
-            broken = record.pop("quarantine")
-            if quarantine is not None:
-                for number, reason in broken:
-                    quarantine.write({"step": step, "id": number, "reason": reason})
-            if metrics is not None and picked is not None:
-                ids = batch.sample_ids[selection.picks.numpy()].tolist()
-                picked.write({"step": step, "ids": ids, "weights": selection.weights.tolist()})
-                metrics.write(record)
-            progress.advance(record)
-            if step == run.start_step and comm.world > 1:
-                comm.heart.limit_s = config.engine.timeout_s
-                limit_waiting(config.engine.timeout_s)
-            last, stopping = step == steps - 1, "stop" in record
-            evaluates = last or _due(step, config.evaluation.every)
-            # Who asked to stop may not wait for an evaluation: it comes after the checkpoint, in
-            # this run or in the one that goes on.
-            run.owes_evaluation = evaluates and stopping
-            if evaluates and not stopping:
-                log_evaluation(step)
-            if (last and config.checkpoint.last) or _due(step, config.checkpoint.every) or stopping:
-                save(run, step + 1)
-            if stopping:
-                run.saver.wait()
-                if last:
-                    log_evaluation(step)
-            run.saver.poll()
-            log_checkpoints()
-            if stopping and not last:
+    Raises:
+        Preempted: asked to stop, and saved.
+    """
+    with Journal(run) as journal:
+        if run.state.step == 0 or run.state.owes_evaluation:
+            journal.evaluation(run.state.step - 1, evaluate(run, run.state.step - 1))
+        for step in run.steps_left():
+            plan = plan_step(run, step)
+            scored = score(run, plan)
+            picks = choose(run, plan, scored)
+            result = train_on(run, plan, picks)
+            journal.step(step_record(run, plan, scored, picks, result))
+            if run_due(run, step, result.stop, journal):
                 raise Preempted(f"stopped and saved after {step + 1} steps; start again to go on")
         run.saver.wait()
-        log_checkpoints()
+        journal.checkpoints()
 
 
-def save(run: Run, step: int) -> None:
-    """A checkpoint after `step` steps."""
-    state = {
-        "stream": run.stream.state_dict(),
-        "scorer": run.scorer.state_dict(),
-        "selector": run.selector.state_dict(),
-        "totals": run.totals,
-        "owes_evaluation": run.owes_evaluation,
-    }
-    config = run.config.model_dump(mode="json")
-    digest = hashlib.sha256(jsonl.dumps(config).encode()).hexdigest()
-    facts = {**run.facts, "config": config, "config_sha256": digest, "cursor": run.stream.cursor}
-    run.saver.save(step, run.engine, state, facts)
+def run_due(run: Run, step: int, stop: bool, journal: Journal) -> bool:
+    """Evaluate and save where it is due after `step`; returns whether to leave now."""
+    run.step_done(step)
+    every, last = run.config.evaluation.every, step == len(run.stream) - 1
+    evaluates = last or _due(step, every)
+    # Whoever asked for a stop may not be willing to wait for an evaluation: it comes after the
+    # checkpoint, in this run or in the one that continues.
+    run.state.owes_evaluation = evaluates and stop
+    if evaluates and not stop:
+        journal.evaluation(step, evaluate(run, step))
+    kept = run.config.checkpoint
+    if (last and kept.last) or _due(step, kept.every) or stop:
+        save(run, step + 1)
+    if stop:
+        run.saver.wait()
+        if last:
+            journal.evaluation(step, evaluate(run, step))
+    run.saver.poll()
+    journal.checkpoints()
+    return stop and not last
 
 
-def _evaluate(run: Run, step: int) -> dict[str, Any]:
+def evaluate(run: Run, step: int) -> dict[str, Any]:
+    """The losses on the evaluation data after `step`; {} if there are none."""
     if run.inputs.eval is None:
         return {}
     return evaluate_loss(
@@ -123,6 +73,20 @@ def _evaluate(run: Run, step: int) -> dict[str, Any]:
         max_samples=run.config.evaluation.max_samples,
         keep_losses=run.config.evaluation.keep_losses,
     )
+
+
+def save(run: Run, step: int) -> None:
+    """A checkpoint after `step` steps."""
+    state = {
+        "stream": run.stream.state_dict(),
+        "scorer": run.scorer.state_dict(),
+        "selector": run.selector.state_dict(),
+        **run.state.state_dict(),
+    }
+    config = run.config.model_dump(mode="json")
+    digest = hashlib.sha256(jsonl.dumps(config).encode()).hexdigest()
+    facts = {**run.facts, "config": config, "config_sha256": digest, "cursor": run.stream.cursor}
+    run.saver.save(step, run.engine, state, facts)
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,19 +1,92 @@
-"""What is written about a step: FLOPs, losses, lags, samples left out."""
+"""What is written about a step: losses, FLOPs, seconds, lags, and the samples left out."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from slap_ds import jsonl
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.data.packing import Positions
-from slap_ds.distributed.comm import Comm
 from slap_ds.models.causal import block_flops, head_flops
-from slap_ds.selection import ScoredBatch
+from slap_ds.selection import ScoredBatch, Selection
 from slap_ds.train.run import Run
+from slap_ds.train.step import StepPlan, StepResult, choose, plan_step, score, train_on
+
+_SUMMED = ("picked", "trained_tokens", "flops", "step_s", "score_s", "selection_s")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step's lines in metrics.jsonl, picks.jsonl and quarantine.jsonl."""
+
+    metrics: dict[str, Any]
+    selection: Selection
+    picks: dict[str, Any]
+    quarantine: list[dict[str, Any]]
+
+
+def train_step(run: Run, step: int, batch: CandidateBatch | None = None) -> StepRecord:
+    """One step as the loop takes it, for whoever times or compares steps."""
+    plan = plan_step(run, step, batch)
+    scored = score(run, plan)
+    selection = choose(run, plan, scored)
+    return step_record(run, plan, scored, selection, train_on(run, plan, selection))
+
+
+def step_record(
+    run: Run,
+    plan: StepPlan,
+    scored: ScoredBatch | None,
+    selection: Selection,
+    result: StepResult,
+) -> StepRecord:
+    """What a step leaves in the run's files; its sums are added to the run's totals."""
+    batch, picks = plan.batch, selection.picks.numpy()
+    seconds, loads = result.seconds, result.loads
+    metrics = {
+        "event": "train",
+        "step": plan.step,
+        "loss": result.loss,
+        "lr": plan.lr,
+        "grad_norm": result.grad_norm,
+        "candidates": len(batch),
+        "picked": len(picks),
+        "candidate_tokens": int(batch.lengths.sum()),
+        "trained_tokens": int(batch.lengths[picks].sum()),
+        "response_tokens": int(batch.response_tokens[picks].sum()),
+        "busiest_rank_over_mean": max(loads) / (sum(loads) / len(loads)),
+        "forward": "reuse" if plan.reuses else "separate" if plan.scores else "train",
+        **_flops(run, plan, picks),
+        **seconds,
+        "selection_s": sum(seconds.get(f"{p}_s", 0) for p in ("gather", "select", "scatter")),
+        "bytes_sent": run.comm.bytes_sent - plan.sent_before,
+        "boundary_bytes": result.boundary_bytes,
+        **_slowest(result.lags_s),
+        **selection.stats,
+    }
+    if result.skipped:
+        metrics["skipped"] = True
+    if scored is not None:
+        metrics["candidate_loss"] = float(scored.loss.double().nanmean())
+        metrics |= loss_spread(scored.loss, selection.picks)
+    if run.engine.device.type == "cuda":
+        metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    totals = run.state.totals
+    for key in _SUMMED:
+        totals[key] = totals.get(key, 0.0) + float(metrics.get(key, 0.0))
+    metrics["total"] = dict(totals)
+    ids = batch.sample_ids[picks].tolist()
+    broken = _broken_scores(batch, scored) + result.broken
+    return StepRecord(
+        metrics,
+        selection,
+        {"step": plan.step, "ids": ids, "weights": selection.weights.tolist()},
+        [{"step": plan.step, "id": number, "reason": reason} for number, reason in broken],
+    )
 
 
 def loss_spread(loss: Tensor, picks: Tensor) -> dict[str, list[float]]:
@@ -39,46 +112,18 @@ def loss_spread(loss: Tensor, picks: Tensor) -> dict[str, list[float]]:
     }
 
 
-def _totals(
-    comm: Comm, step: int, loss: float, tokens: int
-) -> tuple[float, list[float], list[float], bool]:
-    """The loss summed over ranks; each rank's trained tokens; the seconds each rank held the
-    others up; whether any rank was asked to stop."""
-    bits = np.asarray([loss], dtype=np.float64).view(np.int64)
-    waited_us = int(comm.waited_s * 1e6)
-    comm.waited_s = 0.0
-    frozen_us = int(comm.heart.take_frozen() * 1e6)
-    values = [int(bits[0]), tokens, waited_us, frozen_us, comm.heart.stop]
-    table = comm.exchange(step, "step totals", values)
-    losses = np.ascontiguousarray(table[:, 0]).view(np.float64)
-    # Whoever waits least for the others is the one they wait for.
-    lags = np.maximum(table[:, 2].max() - table[:, 2], table[:, 3]) / 1e6
-    loads = table[:, 1].astype(float).tolist()
-    return float(losses.sum()), loads, lags.tolist(), bool(table[:, 4].any())
-
-
-def _slowest(lags: list[float]) -> dict[str, float]:
-    """The rank the others waited for longest, and how long at least, in seconds."""
-    if len(lags) == 1:
-        return {}
-    slowest = int(np.argmax(lags))
-    return {"slowest_rank": slowest, "slowest_lag_s": lags[slowest]}
-
-
-def _flops(
-    run: Run, step: int, batch: CandidateBatch, picks: Positions, scored: bool, reuse: bool
-) -> dict[str, float]:
+def _flops(run: Run, plan: StepPlan, picks: Positions) -> dict[str, float]:
     """Analytic FLOPs of the step over all ranks, scoring apart; and those of training all."""
-    config, parameters = run.inputs.model_config, run.engine.parameters
+    config, parameters, batch = run.inputs.model_config, run.engine.parameters, plan.batch
     scoring = 0.0
-    if scored:
-        plan, layers = run.scorer.plan, config.get_text_config().num_hidden_layers
-        for scores in (batch, _validation_batch(run, step)):
+    if plan.scores:
+        method, layers = run.scorer.plan, config.get_text_config().num_hidden_layers
+        for scores in (batch, plan.validation):
             if scores is not None:
                 blocks = block_flops(config, parameters, scores.lengths.tolist())
-                scoring += blocks * (1 + plan.block_passes(layers))
+                scoring += blocks * (1 + method.block_passes(layers))
                 tokens = int(scores.response_tokens.sum())
-                scoring += plan.head_flops(config, tokens, len(scores))
+                scoring += method.head_flops(config, tokens, len(scores))
     # Backward is two forwards, checkpointing recomputes one; with reuse the first is scoring's.
     # Frozen weights have no gradient, which is half of the backward.
     frozen = run.config.model.lora is not None
@@ -89,10 +134,18 @@ def _flops(
         return blocks + (3 - frozen) * head_flops(config, int(batch.response_tokens[samples].sum()))
 
     return {
-        "flops": scoring + training(passes - reuse, picks),
+        "flops": scoring + training(passes - plan.reuses, picks),
         "scoring_flops": scoring,
         "full_flops": training(passes, np.arange(len(batch))),
     }
+
+
+def _slowest(lags_s: list[float]) -> dict[str, float]:
+    """The rank the others waited for longest, and how long at least, in seconds."""
+    if len(lags_s) == 1:
+        return {}
+    slowest = int(np.argmax(lags_s))
+    return {"slowest_rank": slowest, "slowest_lag_s": lags_s[slowest]}
 
 
 def _broken_scores(batch: CandidateBatch, scored: ScoredBatch | None) -> list[tuple[int, str]]:
@@ -107,45 +160,3 @@ def _broken_scores(batch: CandidateBatch, scored: ScoredBatch | None) -> list[tu
         )
         for i in index
     ]
-
-
-def _is_skipped(loss: float, grad_norm: float) -> bool:
-    """Whether the engines left the weights as they were; the same on every rank."""
-    return not math.isfinite(loss) or math.isinf(grad_norm)
-
-
-def _broken_rows(
-    run: Run, step: int, batch: CandidateBatch, picks: Positions, mine: tuple[int, ...]
-) -> list[tuple[int, str]]:
-    """(sample id, reason) of the samples because of which a step changed nothing.
-
-    Those in rows whose loss is not finite, on any rank; all that were to be trained where only
-    gradients are not. All ranks call this.
-
-    Raises:
-        ValueError: it is the third such step in a row.
-    """
-    ids = [int(batch.sample_ids[i]) for i in mine]
-    told = run.comm.texts(step, "samples without a finite loss", jsonl.dumps(ids))
-    known = sorted({number for text in told for number in jsonl.loads(text)})
-    reason = "step skipped: the loss of its row is not finite"
-    if not known:
-        known = sorted(batch.sample_ids[picks].tolist())
-        reason = "step skipped: the gradients of the step are not finite"
-    if run.skipped >= 3:
-        raise ValueError(
-            f"{run.skipped} steps in a row without finite loss and gradients, the last one with "
-            f"sample ids {known[:5]}: the model has diverged (lower optimizer.lr) or its weights "
-            "are broken"
-        )
-    return [(number, reason) for number in known]
-
-
-def _validation_batch(run: Run, step: int) -> CandidateBatch | None:
-    """`selection.greats.batch` validation samples, others at every step."""
-    store = run.inputs.validation
-    if store is None or "validation" not in run.selector.needs:
-        return None
-    count = min(run.config.selection.greats.batch, len(store))
-    generator = np.random.Generator(np.random.Philox(key=[run.config.seed, step]))
-    return CandidateBatch(store, np.sort(generator.choice(len(store), count, replace=False)))

@@ -5,7 +5,7 @@ run = prepare(config)      # every mistake of the user's is told before the firs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,30 @@ from slap_ds.config.schema import Config
 from slap_ds.data.stream import CandidateStream
 from slap_ds.distributed.comm import Comm
 from slap_ds.distributed.startup import check_shared, first_on_each_node
-from slap_ds.engine import Engine, make_engine, start_ranks, write_deepspeed
+from slap_ds.engine import Engine, limit_waiting, make_engine, start_ranks, write_deepspeed
 from slap_ds.scoring import Scorer
 from slap_ds.selection import Selector, make_selector
 from slap_ds.train.checks import check_boundaries, check_isolation
 from slap_ds.train.inputs import Inputs, make_parts, read_inputs
+
+
+@dataclass
+class TrainState:
+    """How far a run has come; saved with its checkpoints, whose name has the step."""
+
+    step: int = 0  # how many are done
+    skipped: int = 0  # steps in a row, up to now, whose loss or gradients were not finite
+    totals: dict[str, float] = field(default_factory=dict)  # sums over all steps
+    owes_evaluation: bool = False  # one was due when the run was asked to stop
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"totals": self.totals, "owes_evaluation": self.owes_evaluation}
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Continue after `step` steps."""
+        self.step, self.totals = step, dict(state["totals"])
+        self.owes_evaluation = bool(state.get("owes_evaluation"))
 
 
 @dataclass
@@ -36,12 +55,8 @@ class Run:
     stream: CandidateStream
     scorer: Scorer
     selector: Selector
-    start_step: int = 0
-    step: int = 0  # the one in progress
+    state: TrainState = field(default_factory=TrainState)
     changed: dict[str, list[Any]] = field(default_factory=dict)  # since the checkpoint: [was, is]
-    owes_evaluation: bool = False  # one was due when it was asked to stop
-    skipped: int = 0  # steps in a row, up to now, whose loss or gradients were not finite
-    totals: dict[str, float] = field(default_factory=dict)  # sums over all steps, kept on resume
 
     saver: Saver = field(init=False)
 
@@ -68,6 +83,18 @@ class Run:
         if wanted == "quota" and not self.selector.takes_quotas:
             return "none"
         return wanted
+
+    def steps_left(self) -> range:
+        """The steps that are not done."""
+        return range(self.state.step, len(self.stream))
+
+    def step_done(self, step: int) -> None:
+        """After the first one nobody waits for data or builds: the shorter time-out applies."""
+        self.state.step = step + 1
+        limit_s = self.config.engine.timeout_s
+        if self.comm.world > 1 and self.comm.heart.limit_s != limit_s:
+            self.comm.heart.limit_s = limit_s
+            limit_waiting(limit_s)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -108,15 +135,13 @@ def prepare(
     if newest is not None:
         comm.heart.beat("loading the checkpoint")
         state = checkpoints.load(newest, engine, comm)
-        run.start_step = newest.step
         stream.load_state_dict(state["stream"])
         scorer.load_state_dict(state["scorer"])
         selector.load_state_dict(state["selector"])
-        run.totals = dict(state["totals"])
-        run.owes_evaluation = bool(state.get("owes_evaluation"))
+        run.state.load_state_dict(state, newest.step)
         run.changed = changed_settings(newest, config.model_dump(mode="json"))
     check_isolation(engine, inputs.model_config, config.model.attention)
-    comm.agree(run.start_step, "the checkpoint to resume from", str(run.start_step))
+    comm.agree(run.state.step, "the checkpoint to resume from", str(run.state.step))
     if comm.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(config, run_dir / "config.yaml")

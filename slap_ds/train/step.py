@@ -1,4 +1,9 @@
-"""One step: score -> gather -> select -> scatter -> train.
+"""One step: plan -> score -> choose -> train.
+
+    plan    the candidates, who scores which, how many are trained        StepPlan
+    score   every rank its share, then all scores on every rank           ScoredBatch
+    choose  rank 0 picks, all ranks hear of it and check that they agree  Selection
+    train   the picks, on the ranks that hold or are dealt them           StepResult
 
 Every rank runs this file in lockstep. Whatever decides the course of a step (candidates, deal,
 picks, number of rows) is computed from values that all ranks share, or agreed on through `comm`.
@@ -6,126 +11,153 @@ picks, number of rows) is computed from values that all ranks share, or agreed o
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from slap_ds import jsonl
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.data.packing import PackedRow, Positions, deal
 from slap_ds.distributed.comm import Comm
-from slap_ds.scoring import Scores, first_occurrence
+from slap_ds.scoring import Scores
 from slap_ds.selection import ScoredBatch, Selection, select, select_balanced
-from slap_ds.selection.methods.k_center import KCenter
-from slap_ds.selection.sharded import Shard, hold
-from slap_ds.selection.slap import Slap
 from slap_ds.timing import Stopwatch
-from slap_ds.train.record import (
-    _broken_rows,
-    _broken_scores,
-    _flops,
-    _is_skipped,
-    _slowest,
-    _totals,
-    _validation_batch,
-    loss_spread,
-)
 from slap_ds.train.run import Run
 from slap_ds.train.schedule import budget_at, learning_rate
 
+_MOST_SKIPPED = 3  # steps in a row that change nothing, before the run is given up
 
-def train_step(run: Run, step: int, batch: CandidateBatch) -> tuple[Selection, dict[str, Any]]:
-    """One step: score the candidates, choose, train the picks. Returns the picks and the metrics.
 
-    `batch` is the whole candidate batch; each rank works on its share of it.
-    """
-    config, comm, engine = run.config, run.comm, run.engine
-    watch = Stopwatch(engine.device)
-    n = len(batch)
-    steps, selector = len(run.stream), run.selector
-    budget = budget_at(step, steps, n, config, selector)
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step will do, known before anything is computed; the same on every rank."""
+
+    step: int
+    batch: CandidateBatch  # all N candidates
+    validation: CandidateBatch | None  # what the selector compares them with
+    shares: list[Positions]  # by rank: the candidates it scores
+    budget: int  # M, how many are trained
+    lr: float
+    scores: bool  # False: the method looks at no scores, or all are trained
+    reuses: bool  # the scoring forward serves as the training forward
+    balance: str  # deal, quota or none: how picks are spread over the ranks
+    watch: Stopwatch  # started with the step
+    sent_before: int  # bytes this rank had put into collectives
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step that has been taken. All but `seconds` and `boundary_bytes` are equal on all ranks."""
+
+    loss: float  # nats per trained token, weighted
+    grad_norm: float  # before clipping
+    skipped: bool  # loss or gradients were not finite: the weights are as they were
+    broken: list[tuple[int, str]]  # (sample id, reason) of the samples to blame for that
+    stop: bool  # some rank was asked to save and leave
+    loads: list[float]  # trained tokens by rank
+    lags_s: list[float]  # by rank: seconds for which the others waited for it
+    seconds: dict[str, float]  # this rank's, by phase
+    boundary_bytes: int  # block inputs that this rank held at once
+
+
+def plan_step(run: Run, step: int, batch: CandidateBatch | None = None) -> StepPlan:
+    """Draw the step's candidates (or take `batch`) and settle what will be done with them."""
+    watch = Stopwatch(run.engine.device)
+    if batch is None:
+        batch = CandidateBatch(run.inputs.train, next(run.stream))
+    n, steps, selector = len(batch), len(run.stream), run.selector
+    budget = budget_at(step, steps, n, run.config, selector)
     remembers = step < selector.remembers_until * steps
-    scoring = bool(selector.needs) and (budget < n or remembers)
-    lr = learning_rate(step, steps, config)
-    reuse = scoring and run.reuses
-    balance = run.balance if scoring else "deal"
-    sent_before = comm.bytes_sent
-    with watch("step"):
-        shares = deal(batch.lengths, comm.world)
-        scored, shard = None, None
-        if scoring:
-            with watch("score"):
-                validation = _score_validation(run, step)
-                rows = batch.rows(shares[comm.rank], config.score_row_tokens)
-                rows = equal_rows(comm, step, "scoring rows", rows)
-                local = engine.score(rows, run.scorer.wants(step), keep=reuse)
-            with watch("gather"):
-                scored, shard = _gather(run, step, batch, local, shares, validation)
-                scored = replace(scored, ids=torch.from_numpy(batch.sample_ids), step=step, lr=lr)
-        with watch("select"):
-            selection = _choose(run, step, batch, budget, scored, shard, shares, balance)
-        with watch("scatter"):
-            if config.selection.where == "one_rank":
-                selection = comm.broadcast_picks(step, selection)
-            else:
-                assert selection is not None
-                comm.agree_picks(step, selection)
-            if scored is not None:
-                selector.remember(scored, selection)
-            picks = selection.picks.numpy()
-            mine = _place(batch, picks, shares, balance, comm)
-            weights = dict(zip(picks.tolist(), selection.weights.tolist(), strict=True))
-            rows = batch.rows(
-                mine, config.batch.micro_batch_tokens, [weights[int(p)] for p in mine]
-            )
-            rows = equal_rows(comm, step, "training rows", rows)
-        with watch("train"):
-            # Dropout's draws: the step's own, so that resuming needs no generator state.
-            torch.manual_seed(_mix(config.seed, step) + comm.rank)
-            response = batch.response_tokens[picks]
-            total_weight = float(response @ selection.weights.double().numpy())
-            stats = engine.train(rows, total_weight, lr, replay=reuse)
-    seconds = {**watch.seconds(), **stats.seconds}
-    quarantine = _broken_scores(batch, scored)
-    loss, loads, lags, stop = _totals(comm, step, stats.loss, int(batch.lengths[mine].sum()))
-    record = {
-        "event": "train",
-        "step": step,
-        "loss": loss / total_weight,
-        "lr": lr,
-        "grad_norm": stats.grad_norm,
-        "candidates": n,
-        "picked": len(picks),
-        "candidate_tokens": int(batch.lengths.sum()),
-        "trained_tokens": int(batch.lengths[picks].sum()),
-        "response_tokens": int(response.sum()),
-        "busiest_rank_over_mean": max(loads) / (sum(loads) / len(loads)),
-        "forward": "reuse" if reuse else "separate" if scoring else "train",
-        **_flops(run, step, batch, picks, scoring, reuse),
-        **seconds,
-        "selection_s": sum(seconds.get(f"{p}_s", 0) for p in ("gather", "select", "scatter")),
-        "bytes_sent": comm.bytes_sent - sent_before,
-        "boundary_bytes": stats.boundary_bytes,
-        **_slowest(lags),
-        **selection.stats,
-    }
-    run.skipped = run.skipped + 1 if _is_skipped(loss, stats.grad_norm) else 0
-    if run.skipped:
-        record["skipped"] = True
-        quarantine += _broken_rows(run, step, batch, picks, stats.broken)
-    record["quarantine"] = quarantine
-    if stop:
-        record["stop"] = True
-    if scored is not None:
-        record["candidate_loss"] = float(scored.loss.double().nanmean())
-        record.update(loss_spread(scored.loss, selection.picks))
-    if engine.device.type == "cuda":
-        record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    for key in ("picked", "trained_tokens", "flops", "step_s", "score_s", "selection_s"):
-        run.totals[key] = run.totals.get(key, 0.0) + float(record.get(key, 0.0))
-    record["total"] = dict(run.totals)
-    return selection, record
+    scores = bool(selector.needs) and (budget < n or remembers)
+    return StepPlan(
+        step=step,
+        batch=batch,
+        validation=_validation_batch(run, step) if scores else None,
+        shares=deal(batch.lengths, run.comm.world),
+        budget=budget,
+        lr=learning_rate(step, steps, run.config),
+        scores=scores,
+        reuses=scores and run.reuses,
+        balance=run.balance if scores else "deal",
+        watch=watch,
+        sent_before=run.comm.bytes_sent,
+    )
+
+
+def score(run: Run, plan: StepPlan) -> ScoredBatch | None:
+    """The scores of all candidates, in candidate order; None where nobody looks at them."""
+    if not plan.scores:
+        return None
+    comm, batch = run.comm, plan.batch
+    with plan.watch("score"):
+        validation = _score_validation(run, plan)
+        rows = batch.rows(plan.shares[comm.rank], run.config.score_row_tokens)
+        rows = equal_rows(comm, plan.step, "scoring rows", rows)
+        local = run.engine.score(rows, run.scorer.wants(plan.step), keep=plan.reuses)
+    with plan.watch("gather"):
+        gathered = comm.gather(plan.step, local, len(batch))
+        scored = run.scorer.finish(gathered, batch.content, validation)
+        ids = torch.from_numpy(batch.sample_ids)
+        return replace(scored, ids=ids, step=plan.step, lr=plan.lr)
+
+
+def choose(run: Run, plan: StepPlan, scored: ScoredBatch | None) -> Selection:
+    """The picks and their weights, chosen by rank 0, the same on every rank.
+
+    Raises:
+        RankDisagreement: some rank holds others.
+    """
+    with plan.watch("select"):
+        selection = _choose(run, plan, scored) if run.comm.rank == 0 else None
+    with plan.watch("scatter"):
+        selection = run.comm.broadcast_picks(plan.step, selection)
+        if scored is not None:
+            run.selector.remember(scored, selection)
+        return selection
+
+
+def train_on(run: Run, plan: StepPlan, selection: Selection) -> StepResult:
+    """One optimizer step on the picks.
+
+    Raises:
+        ValueError: the third step in a row has no finite loss and gradients.
+    """
+    comm, batch, step = run.comm, plan.batch, plan.step
+    picks = selection.picks.numpy()
+    with plan.watch("scatter"):
+        mine = _place(plan, picks, comm)
+        weights = dict(zip(picks.tolist(), selection.weights.tolist(), strict=True))
+        each = [weights[int(p)] for p in mine]
+        rows = batch.rows(mine, run.config.batch.micro_batch_tokens, each)
+        rows = equal_rows(comm, step, "training rows", rows)
+    with plan.watch("train"):
+        # Dropout's draws: the step's own, so that resuming needs no generator state.
+        torch.manual_seed(_mix(run.config.seed, step) + comm.rank)
+        total_weight = float(batch.response_tokens[picks] @ selection.weights.double().numpy())
+        stats = run.engine.train(rows, total_weight, plan.lr, replay=plan.reuses)
+    plan.watch.stop("step")
+    seconds = {**plan.watch.seconds(), **stats.seconds}
+    loss, loads, lags_s, stop = _totals(comm, step, stats.loss, int(batch.lengths[mine].sum()))
+    # The engines leave the weights as they were, on all ranks alike.
+    skipped = not math.isfinite(loss) or math.isinf(stats.grad_norm)
+    run.state.skipped = run.state.skipped + 1 if skipped else 0
+    broken = _broken_rows(run, plan, picks, stats.broken) if skipped else []
+    return StepResult(
+        loss=loss / total_weight,
+        grad_norm=stats.grad_norm,
+        skipped=skipped,
+        broken=broken,
+        stop=stop,
+        loads=loads,
+        lags_s=lags_s,
+        seconds=seconds,
+        boundary_bytes=stats.boundary_bytes,
+    )
 
 
 def equal_rows(comm: Comm, step: int, phase: str, rows: list[PackedRow]) -> list[PackedRow]:
@@ -134,39 +166,48 @@ def equal_rows(comm: Comm, step: int, phase: str, rows: list[PackedRow]) -> list
     return rows + [PackedRow.empty()] * (most - len(rows))
 
 
-def _gather(
-    run: Run,
-    step: int,
-    batch: CandidateBatch,
-    local: Scores,
-    shares: list[Positions],
-    validation: Scores | None,
-) -> tuple[ScoredBatch, Shard | None]:
-    """The scored batch; with sharded selection the sketches stay where they are, in the shard."""
-    comm, n = run.comm, len(batch)
-    if run.config.selection.where != "sharded" or local.gradient is None:
-        return run.scorer.finish(comm.gather(step, local, n), batch.content, validation), None
-    rest = comm.gather(step, replace(local, gradient=None), n)
-    scored = run.scorer.finish(rest, batch.content)
-    sketch = run.scorer.sketch(local)
-    assert sketch is not None
-    first = first_occurrence(batch.content)
-    shard = hold(comm, step, local.positions, sketch, first, _holders(shares, n))
-    return shard.stand_in(scored), shard
+def _validation_batch(run: Run, step: int) -> CandidateBatch | None:
+    """`selection.greats.batch` validation samples, others at every step."""
+    store = run.inputs.validation
+    if store is None or "validation" not in run.selector.needs:
+        return None
+    count = min(run.config.selection.greats.batch, len(store))
+    generator = np.random.Generator(np.random.Philox(key=[run.config.seed, step]))
+    return CandidateBatch(store, np.sort(generator.choice(len(store), count, replace=False)))
 
 
-def _score_validation(run: Run, step: int) -> Scores | None:
+def _score_validation(run: Run, plan: StepPlan) -> Scores | None:
     """The step's validation samples, where the selector looks at them; before the candidates, whose
     block inputs must be the last that scoring leaves."""
-    batch = _validation_batch(run, step)
+    batch, comm = plan.validation, run.comm
     if batch is None:
         return None
-    comm = run.comm
     share = deal(batch.lengths, comm.world)[comm.rank]
     rows = batch.rows(share, run.config.score_row_tokens)
-    rows = equal_rows(comm, step, "validation rows", rows)
-    local = run.engine.score(rows, run.scorer.wants(step).sketch_only())
-    return comm.gather(step, local, len(batch))
+    rows = equal_rows(comm, plan.step, "validation rows", rows)
+    local = run.engine.score(rows, run.scorer.wants(plan.step).sketch_only())
+    return comm.gather(plan.step, local, len(batch))
+
+
+def _choose(run: Run, plan: StepPlan, scored: ScoredBatch | None) -> Selection:
+    n, comm = len(plan), run.comm
+    if plan.budget == n and scored is None:
+        return Selection(torch.arange(n), torch.ones(n))
+    generator = torch.Generator().manual_seed(_mix(run.config.seed, plan.step))
+    # A selector that needs no scores gets a batch of equal ones.
+    seen = scored if scored is not None else ScoredBatch(loss=torch.zeros(n))
+    if plan.balance != "quota" or comm.world == 1:
+        return select(run.selector, seen, plan.budget, generator)
+    return select_balanced(
+        run.selector,
+        seen,
+        plan.budget,
+        generator,
+        holder=_holders(plan.shares, n),
+        tokens=torch.from_numpy(plan.batch.lengths),
+        holders=comm.world,
+        slack=run.config.step.quota_slack,
+    )
 
 
 def _holders(shares: list[Positions], n: int) -> torch.Tensor:
@@ -177,51 +218,55 @@ def _holders(shares: list[Positions], n: int) -> torch.Tensor:
     return torch.from_numpy(holder)
 
 
-def _choose(
-    run: Run,
-    step: int,
-    batch: CandidateBatch,
-    budget: int,
-    scored: ScoredBatch | None,
-    shard: Shard | None,
-    shares: list[Positions],
-    balance: str,
-) -> Selection | None:
-    """The choice; with one_rank None on all ranks but 0, which receive it."""
-    n, comm = len(batch), run.comm
-    if comm.rank != 0 and run.config.selection.where == "one_rank":
-        return None
-    if budget == n and scored is None:
-        return Selection(torch.arange(n), torch.ones(n))
-    generator = torch.Generator().manual_seed(_mix(run.config.seed, step))
-    # A selector that needs no scores gets a batch of equal ones.
-    seen = scored if scored is not None else ScoredBatch(loss=torch.zeros(n))
-    selector = run.selector
-    if shard is not None:
-        assert isinstance(selector, (Slap, KCenter))
-        selector = replace(selector, farthest=shard.farthest_point)
-    if balance != "quota" or comm.world == 1:
-        return select(selector, seen, budget, generator)
-    return select_balanced(
-        selector,
-        seen,
-        budget,
-        generator,
-        holder=_holders(shares, n),
-        tokens=torch.from_numpy(batch.lengths),
-        holders=comm.world,
-        slack=run.config.step.quota_slack,
-    )
-
-
-def _place(
-    batch: CandidateBatch, picks: Positions, shares: list[Positions], balance: str, comm: Comm
-) -> Positions:
+def _place(plan: StepPlan, picks: Positions, comm: Comm) -> Positions:
     """The picks this rank trains: dealt out anew by tokens, or those it holds already."""
-    if balance == "deal":
-        mine: Positions = picks[deal(batch.lengths[picks], comm.world)[comm.rank]]
+    if plan.balance == "deal":
+        mine: Positions = picks[deal(plan.batch.lengths[picks], comm.world)[comm.rank]]
         return mine
-    return np.intersect1d(picks, shares[comm.rank])
+    return np.intersect1d(picks, plan.shares[comm.rank])
+
+
+def _totals(
+    comm: Comm, step: int, loss: float, tokens: int
+) -> tuple[float, list[float], list[float], bool]:
+    """The loss summed over ranks; each rank's trained tokens; the seconds each rank held the
+    others up; whether any rank was asked to stop."""
+    bits = np.asarray([loss], dtype=np.float64).view(np.int64)
+    waited_us = int(comm.waited_s * 1e6)
+    comm.waited_s = 0.0
+    frozen_us = int(comm.heart.take_frozen() * 1e6)
+    values = [int(bits[0]), tokens, waited_us, frozen_us, comm.heart.stop]
+    table = comm.exchange(step, "step totals", values)
+    losses = np.ascontiguousarray(table[:, 0]).view(np.float64)
+    # Whoever waits least for the others is the one they wait for.
+    lags = np.maximum(table[:, 2].max() - table[:, 2], table[:, 3]) / 1e6
+    loads = table[:, 1].astype(float).tolist()
+    return float(losses.sum()), loads, lags.tolist(), bool(table[:, 4].any())
+
+
+def _broken_rows(
+    run: Run, plan: StepPlan, picks: Positions, mine: tuple[int, ...]
+) -> list[tuple[int, str]]:
+    """(sample id, reason) of the samples because of which a step changed nothing.
+
+    Those in rows whose loss is not finite, on any rank; all that were to be trained where only
+    gradients are not. All ranks call this.
+    """
+    sample_ids = plan.batch.sample_ids
+    ids = [int(sample_ids[i]) for i in mine]
+    told = run.comm.texts(plan.step, "samples without a finite loss", jsonl.dumps(ids))
+    known = sorted({number for text in told for number in jsonl.loads(text)})
+    reason = "step skipped: the loss of its row is not finite"
+    if not known:
+        known = sorted(sample_ids[picks].tolist())
+        reason = "step skipped: the gradients of the step are not finite"
+    if run.state.skipped >= _MOST_SKIPPED:
+        raise ValueError(
+            f"{run.state.skipped} steps in a row without finite loss and gradients, the last one "
+            f"with sample ids {known[:5]}: the model has diverged (lower optimizer.lr) or its "
+            "weights are broken"
+        )
+    return [(number, reason) for number in known]
 
 
 def _mix(seed: int, step: int) -> int:

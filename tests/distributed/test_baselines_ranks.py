@@ -10,8 +10,8 @@ from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.selection import SELECTORS
 from slap_ds.train.inputs import make_parts, read_inputs
+from slap_ds.train.record import train_step
 from slap_ds.train.run import prepare
-from slap_ds.train.step import train_step
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
@@ -93,9 +93,10 @@ def every_method(config: Config, stop: bool, steps: int = 3) -> dict[str, list]:
                 for part, state in zip((run.stream, run.scorer, run.selector), saved, strict=True):
                     part.load_state_dict(state)
             batch = CandidateBatch(run.inputs.train, next(run.stream))
-            selection, record = train_step(run, step, batch)
+            record = train_step(run, step, batch)
+            selection, metrics = record.selection, record.metrics
             found[method].append(
-                (selection.picks.tolist(), selection.weights.tolist(), record["loss"], record)
+                (selection.picks.tolist(), selection.weights.tolist(), metrics["loss"], metrics)
             )
     return found
 

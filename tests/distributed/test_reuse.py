@@ -80,8 +80,8 @@ def gathers(c: Config) -> dict[str, int]:
     from deepspeed.comm import comm as ds_comm
 
     from slap_ds.data.batch import CandidateBatch
+    from slap_ds.train.record import train_step
     from slap_ds.train.run import prepare
-    from slap_ds.train.step import train_step
 
     run = prepare(c)
     steps = 4

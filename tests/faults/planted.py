@@ -56,7 +56,7 @@ def install(text: str) -> None:
     if rank != rank_said(os.environ) or attempt not in ("*", os.environ.get("SLAP_ATTEMPT", "1")):
         return
     now = {"step": -1, "left": 1}
-    _wrap(trainer, "train_step", functools.partial(_note, now))
+    _wrap(trainer, "plan_step", functools.partial(_note, now))
     owner, name = SITES[site]
     _wrap(owner, name, functools.partial(_maybe, now, step, _KINDS[kind]))
 
@@ -71,9 +71,9 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, outer)
 
 
-def _note(now: dict[str, int], inner: Callable[..., Any], run: Any, step: int, batch: Any) -> Any:
+def _note(now: dict[str, int], inner: Callable[..., Any], run: Any, step: int) -> Any:
     now["step"] = step
-    return inner(run, step, batch)
+    return inner(run, step)
 
 
 def _maybe(

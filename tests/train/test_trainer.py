@@ -1,5 +1,7 @@
 """The loop around the steps: what comes first when somebody asks it to stop."""
 
+from dataclasses import replace
+
 import pytest
 
 from slap_ds.jsonl import read_lines
@@ -23,7 +25,7 @@ def evaluations(run_dir):
 def test_a_stop_saves_before_it_evaluates(model, tmp_path, monkeypatch, step):
     """An evaluation may take longer than the process is given; it is made up for later."""
     done = []
-    evaluate, save = trainer._evaluate, trainer.save
+    evaluate, save = trainer.evaluate, trainer.save
 
     def config(name):
         return tiny_config(
@@ -36,17 +38,14 @@ def test_a_stop_saves_before_it_evaluates(model, tmp_path, monkeypatch, step):
 
     run_config(config("whole"))
     run = prepare(config("run"))
-    train_step = trainer.train_step
+    train_on = trainer.train_on
 
-    def step_and_ask(run, number, batch):
-        result = train_step(run, number, batch)
-        if number == step:
-            result[1]["stop"] = True
-        return result
+    def train_and_ask(run, plan, selection):
+        return replace(train_on(run, plan, selection), stop=plan.step == step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_step", step_and_ask)
-        patch.setattr(trainer, "_evaluate", lambda *a: done.append("evaluate") or evaluate(*a))
+        patch.setattr(trainer, "train_on", train_and_ask)
+        patch.setattr(trainer, "evaluate", lambda *a: done.append("evaluate") or evaluate(*a))
         patch.setattr(trainer, "save", lambda *a: done.append("save") or save(*a))
         if step == 5:  # the last one: nothing is left to do
             train(run)

@@ -1,0 +1,84 @@
+"""What a run leaves behind as it goes: its JSON Lines files, and a progress bar.
+
+metrics.jsonl        steps, evaluations, checkpoints, changed settings; units in the keys
+picks.jsonl          the sample ids trained at each step, and their weights
+quarantine.jsonl     samples that were left out, or blamed for a step that changed nothing
+eval_samples.jsonl   with evaluation.keep_losses: every sample's loss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from slap_ds.jsonl import JsonLines
+from slap_ds.train.progress import Progress
+from slap_ds.train.record import StepRecord
+from slap_ds.train.run import Run
+
+
+class Journal:
+    """Rank 0 writes; on the others every method does nothing."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.writes = run.comm.rank == 0
+        first = run.state.step
+        self.progress = Progress(len(run.stream), first, visible=self.writes)
+        self._files: dict[str, JsonLines] = {}
+        if self.writes:
+            names = ["metrics", "picks", "quarantine"]
+            names += ["eval_samples"] if run.config.evaluation.keep_losses else []
+            self._files = {n: JsonLines(run.run_dir / f"{n}.jsonl", first) for n in names}
+
+    def __enter__(self) -> Journal:
+        run, first = self.run, self.run.state.step
+        if run.changed:
+            self._write("metrics", {"event": "settings", "step": first - 1, "changed": run.changed})
+            for key, (was, now) in run.changed.items():
+                self.progress.note(f"goes on from step {first} with {key} {now}, was {was}")
+        if first >= len(run.stream):
+            self.progress.note(
+                f"{run.run_dir} has done {first} of {len(run.stream)} steps, nothing is left to "
+                "do: raise steps or epochs, or choose another run_dir"
+            )
+        self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.__exit__(kind, error, trace)
+        for file in self._files.values():
+            file.close()
+
+    def step(self, record: StepRecord) -> None:
+        """A step is done."""
+        for broken in record.quarantine:
+            self._write("quarantine", broken)
+        self._write("picks", record.picks)
+        self._write("metrics", record.metrics)
+        self.progress.advance(record.metrics)
+
+    def evaluation(self, step: int, result: dict[str, Any]) -> None:
+        """What `evaluate_loss` gave after `step`; nothing where there are no evaluation data."""
+        samples = result.pop("samples", None)
+        if samples:
+            self._write("eval_samples", {"step": step, **samples})
+        if result:
+            self._write("metrics", {"event": "eval", "step": step, **result})
+            self.progress.note(f"evaluation loss {result['eval_loss']:.4f} nats per token")
+
+    def checkpoints(self) -> None:
+        """The checkpoints made visible since the last call."""
+        records = self.run.saver.records
+        while records:
+            self._write("metrics", records.pop(0))
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        if name in self._files:
+            self._files[name].write(record)
