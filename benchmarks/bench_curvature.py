@@ -33,9 +33,9 @@ from slap_ds.config.file import read_config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.scoring import Scorer, Scores
 from slap_ds.selection import select
+from slap_ds.train.record import train_step
 from slap_ds.train.run import Run, prepare
 from slap_ds.train.schedule import budget_at
-from slap_ds.train.record import train_step
 
 ALL = "all tokens"
 CONTESTANTS: dict[str, dict[str, Any]] = {

@@ -37,8 +37,8 @@ from slap_ds.distributed.watchdog import Watchdog, watch
 from slap_ds.engine import start_ranks, stop_ranks
 from slap_ds.launch.environment import rank_said
 from slap_ds.selection import Selection
-from slap_ds.train.run import prepare
 from slap_ds.train.record import train_step
+from slap_ds.train.run import prepare
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import stop_ranks
 from slap_ds.models.causal import block_flops, head_flops
 from slap_ds.scoring import Wants
-from slap_ds.train.run import Run, prepare
 from slap_ds.train.record import train_step
+from slap_ds.train.run import Run, prepare
 
 PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimizer")
 ROOT = Path(__file__).parents[1]

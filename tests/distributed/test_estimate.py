@@ -91,7 +91,7 @@ def _held(config: Config) -> int:
 
     def measured(loss, total_weight, last):
         backward(loss, total_weight, last)
-        if run.step == 1:
+        if run.state.step == 1:
             found.append(_bytes(engine))
 
     engine._backward = measured
