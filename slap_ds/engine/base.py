@@ -81,6 +81,8 @@ class Engine(ABC):
             for row in rows:
                 self.heart.beat("scoring a row")
                 parts.append(self._forward(row.to(self.device), "score", wants))
+        if keep:
+            self._inputs().check(self.model.lm)
         self.model.train()
         self.model.tail = None
         return collect([row.positions for row in rows], parts, wants)
@@ -131,6 +133,16 @@ class Engine(ABC):
     def can_reuse(self) -> bool:
         """Whether `score(keep=True)` and `train(replay=True)` work with this model."""
         return self.model.block_inputs is not None
+
+    def forget_scoring(self) -> None:
+        """Let go of what `score(keep=True)` kept; nothing of it will be trained."""
+        self._inputs().stop()
+
+    def give_up_reuse(self, reason: str) -> None:
+        """Train with ordinary checkpointing from now on, and say why."""
+        self.forget_scoring()
+        self.model.block_inputs = None
+        _say_separate(reason)
 
     def _inputs(self) -> BlockInputs:
         assert self.model.block_inputs is not None, "this model is not set up for forward reuse"
@@ -212,10 +224,14 @@ def prepare_blocks(config: Config, lm: Any) -> BlockInputs | None:
         except ValueError as error:
             if config.step.forward == "reuse":
                 raise
-            if os.environ.get("RANK", "0") == "0":
-                print(f"step.forward: separate, because {error}", file=sys.stderr)
+            _say_separate(str(error))
     enable_checkpointing(lm)
     return None
+
+
+def _say_separate(reason: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"step.forward: separate, because {reason}", file=sys.stderr)
 
 
 def make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import copyreg
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from slap_ds.engine.base import MOMENTS, Engine, TrainStats, load_lm, make_optim
 from slap_ds.engine.process_group import limit_waiting
 from slap_ds.engine.tensor_files import TensorWriter, read_tensors
 from slap_ds.engine.whole_state import Key, WholeState, open_whole
+from slap_ds.models.blocks import find_blocks
 from slap_ds.models.causal import PackedCausalLM, count_parameters, trainable
-from slap_ds.models.reuse import find_blocks
 from slap_ds.scoring import Scores, Wants
 
 
@@ -58,11 +59,13 @@ class DeepSpeedEngine(Engine):
         lora = config.model.lora
         self.adapts = lora is not None
         if self.partitioned and (config.model.gradient_checkpointing or (lora and lora.use_dora)):
-            # One gather a block. Replay skips the inside of a block in the forward, so the hooks
-            # have to sit on the block itself; DoRA reads a layer's weight outside that layer.
-            # A model without one list of blocks runs with finer hooks, and without replay.
+            # One gather a block, by hooks on the block itself; DoRA reads a layer's weight outside
+            # that layer. A model without one list of blocks runs with finer hooks, without replay.
             with contextlib.suppress(ValueError):
-                deepspeed.utils.set_z3_leaf_modules(lm, [type(find_blocks(lm)[0])])
+                kinds = {type(block) for block in find_blocks(lm)}
+                deepspeed.utils.set_z3_leaf_modules(lm, list(kinds))
+        if self.partitioned and inputs is not None:
+            inputs.held = stay_gathered
         self.model = PackedCausalLM(lm, config.scoring.chunk_tokens, inputs)
         self.parameters = count_parameters(lm)
         self.rank, self.world = comm.rank, comm.world
@@ -81,6 +84,7 @@ class DeepSpeedEngine(Engine):
         self.device = torch.device(self.engine.device)
         self.settings = settings
         self._traced = False
+        self._replays = second_order(self.optimizer) if self.partitioned else None
 
     def score(self, rows: Sequence[PackedRow], wants: Wants, keep: bool = False) -> Scores:
         if self.partitioned and not self._traced:
@@ -91,7 +95,22 @@ class DeepSpeedEngine(Engine):
         self, rows: Sequence[PackedRow], total_weight: float, lr: float, replay: bool = False
     ) -> TrainStats:
         self._traced = True
-        return super().train(rows, total_weight, lr, replay)
+        with self._order_of_modules(replay):
+            return super().train(rows, total_weight, lr, replay)
+
+    @contextlib.contextmanager
+    def _order_of_modules(self, replay: bool) -> Iterator[None]:
+        """Replayed rows skip the forward of every block: ZeRO-3 prefetches them along an order of
+        their own, and that of scored and trained rows stays valid."""
+        if not replay or self._replays is None:
+            yield
+            return
+        offload = self.optimizer.parameter_offload
+        ordinary, offload.param_coordinator = offload.param_coordinator, self._replays
+        try:
+            yield
+        finally:
+            offload.param_coordinator = ordinary
 
     def _record_trace(self) -> None:
         """Run an empty row forward and backward before the first scoring.
@@ -202,6 +221,29 @@ class DeepSpeedEngine(Engine):
         state["optimizer_state_dict"]["state"] = moments
         optimizer.load_state_dict([None] * self.rank + [state])
         optimizer.checkpoint_event_epilogue()
+
+
+def second_order(optimizer: Any) -> Any:
+    """What gathers for ZeRO-3, once more, with no order of modules recorded yet."""
+    other = copy.copy(optimizer.parameter_offload.param_coordinator)
+    other._clear_trace_structures()
+    return other
+
+
+@contextlib.contextmanager
+def stay_gathered(block: torch.nn.Module) -> Iterator[None]:
+    """ZeRO-3 does not release the weights of `block` meanwhile, whatever its hooks say.
+
+    A recomputed block's gradient comes next: one gather serves both.
+    """
+    weights: list[Any] = list(block.parameters())
+    for weight in weights:
+        weight.ds_active_sub_modules.add(block)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.ds_active_sub_modules.discard(block)
 
 
 def tensor_files(writer: TensorWriter) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slap_ds.data.packing import PackedRow
+from slap_ds.models.blocks import Checkpointing, find_blocks, own
 from slap_ds.models.reuse import BlockInputs
 from slap_ds.scoring import (
     Head,
@@ -224,10 +225,19 @@ def count_parameters(lm: nn.Module) -> int:
 
 
 def enable_checkpointing(lm: Any) -> None:
-    """Recompute each block in the backward; non-reentrant, so it works without grads on inputs."""
-    # transformers 5.2x renamed it and warns about the old name.
-    enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    """Recompute each block in the backward; non-reentrant, so it works without grads on inputs.
+
+    Where the blocks are not one list, transformers knows what to recompute.
+    """
+    try:
+        blocks = find_blocks(lm)
+    except ValueError:
+        # transformers 5.2x renamed it and warns about the old name.
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+        return
+    for block in blocks:
+        own(block, Checkpointing())
 
 
 def trainable(lm: nn.Module) -> list[torch.nn.Parameter]:

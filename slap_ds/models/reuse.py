@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from slap_ds.data.packing import PackedRow
+from slap_ds.models.blocks import find_blocks, hidden_of, own
 
 Mode = Literal["train", "score", "replay"]
 
 
 class BlockInputs:
-    """The checkpointing function of a transformers model that can also record and replay.
-
-    transformers calls it for every block, as `self(partial(forward, block, ...), hidden)`.
+    """The boundary of a model's blocks that can also record their inputs and replay them.
 
     Args:
         blocks: the decoder blocks in order.
@@ -37,8 +37,14 @@ class BlockInputs:
     def __init__(self, blocks: list[nn.Module], on_host: bool) -> None:
         self.mode: Mode = "train"
         self.on_host = on_host
+        # Around a block's recompute: its weights stay gathered for the gradient that follows.
+        self.held: Callable[[nn.Module], AbstractContextManager[Any]] = lambda block: nullcontext()
         self._index = {id(block): i for i, block in enumerate(blocks)}
         self._last = len(blocks) - 1
+        self._rows: list[int] = []  # tokens of each row that was scored
+        self._rest: tuple[Any, ...] | None = None  # what blocks return beside hidden states
+        self._changed = False  # whether a block was given something else than the one before left
+        self._left: Tensor | None = None  # by the block before
         self._spans: dict[int, tuple[int, int, int]] = {}  # position -> row, start, end
         self._recorded: list[list[Tensor]] = []  # [boundary 0..L][scored row] -> (T, E)
         # [row to replay][boundary 0..L] -> pieces of (T, E), one unless they lie on the host
@@ -49,9 +55,36 @@ class BlockInputs:
     def start_scoring(self) -> None:
         """Forget the last step; the rows that follow are recorded."""
         self.mode = "score"
-        self._spans, self._cuts, self._current = {}, [], []
+        self._spans, self._cuts, self._current, self._rows = {}, [], [], []
         self._recorded = [[] for _ in range(self._last + 2)]
+        self._changed = False
         self.peak_bytes = 0
+
+    def check(self, lm: nn.Module) -> None:
+        """Refuse to replay what the scored rows of `lm` left, if that is not all of it.
+
+        Raises:
+            ValueError: a row did not pass all L + 1 boundaries once each, the model does something
+                between its blocks, or they return more than hidden states.
+        """
+        whole = sum(
+            [len(x) for x in boundaries] == [tokens] * (self._last + 2)
+            for tokens, *boundaries in zip(self._rows, *self._recorded, strict=False)
+        )
+        counts = {len(scored) for scored in self._recorded}
+        problem = ""
+        if whole < len(self._rows) or counts != {len(self._rows)}:
+            seen = sum(len(scored) > 0 for scored in self._recorded)
+            problem = f"{seen} of {self._last + 2} block boundaries were met in the scoring forward"
+        elif self._changed:
+            problem = "a block was not given what the block before it returned"
+        elif any(value is not None for value in self._rest or ()):
+            problem = "its blocks return more than hidden states"
+        if problem:
+            raise ValueError(
+                f"forward reuse does not work with {type(lm).__name__} of transformers "
+                f"{transformers.__version__}: {problem}; use step.forward: separate"
+            )
 
     def start_replay(self, rows: Sequence[PackedRow]) -> None:
         """Keep what `rows`, made of recorded samples, need; they follow in this order.
@@ -76,7 +109,8 @@ class BlockInputs:
     def enter(self, row: PackedRow) -> None:
         """Announce the row whose forward comes next."""
         if self.mode == "score":
-            number, start = len(self._recorded[0]), 0
+            number, start = len(self._rows), 0
+            self._rows.append(row.input_ids.shape[1])
             for position, length in zip(row.where, row.lengths, strict=False):
                 self._spans[position] = (number, start, start + length)
                 start += length
@@ -89,21 +123,40 @@ class BlockInputs:
                 for pieces in self._cuts.pop(0)
             ]
 
-    def __call__(self, run: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
-        block = run.args[0] if run.args else run.func.__self__  # type: ignore[attr-defined]
-        i = self._index[id(block)]
+    def checkpoints(self) -> bool:
+        """Rows that are neither recorded nor replayed are trained with ordinary checkpointing."""
+        return self.mode == "train"
+
+    def call(self, block: nn.Module, run: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What `block` returns: computed, or as it was recorded."""
         if self.mode == "train":
-            return checkpoint(run, hidden, *rest, use_reentrant=False)
-        if rest:  # GPT-2 gives its mask by position
-            run = _bound(run, rest)
+            return run(*args, **named)
+        i = self._index[id(block)]
+        hidden = args[0] if args else named.pop("hidden_states")
+        run = _bound(run, args[1:], named)
         if self.mode == "score":
-            self._record(i, hidden)
-            out = run(hidden)
-            if i == self._last:
-                self._record(i + 1, _hidden(out))
-            return out
+            return self._score(i, hidden, run)
         before, after = self._current[i][None], self._current[i + 1][None]
-        return _Replay.apply(hidden, before, after, run)  # type: ignore[no-untyped-call]
+
+        def recompute(x: Tensor) -> Tensor:
+            with self.held(block):
+                return hidden_of(run(x))
+
+        out = _Replay.apply(hidden, before, after, recompute)  # type: ignore[no-untyped-call]
+        return out if self._rest is None else (out, *self._rest)
+
+    def _score(self, i: int, hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
+        """Keep what block `i` is given, and what the last one returns."""
+        self._record(i, hidden)
+        if i > 0 and (self._left is None or hidden.data_ptr() != self._left.data_ptr()):
+            self._changed = True
+        out = run(hidden)
+        self._left = hidden_of(out)
+        self._rest = out[1:] if isinstance(out, tuple) else None
+        if i == self._last:
+            self._record(i + 1, self._left)
+            self._left = None
+        return out
 
     def _record(self, boundary: int, hidden: Tensor) -> None:
         kept = hidden[0].detach()
@@ -126,9 +179,13 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, block_input: Tensor, block_output: Tensor, run: Callable[..., Any]
+        ctx: Any,
+        hidden: Tensor,
+        block_input: Tensor,
+        block_output: Tensor,
+        recompute: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        ctx.run = run
+        ctx.recompute = recompute
         ctx.save_for_backward(block_input)
         return block_output
 
@@ -137,25 +194,28 @@ class _Replay(torch.autograd.Function):
         (block_input,) = ctx.saved_tensors
         x = block_input.detach().requires_grad_(True)
         with torch.enable_grad():
-            out = _hidden(ctx.run(x))
+            out = ctx.recompute(x)
         # ZeRO-3's hooks reduce and release the block's parameters inside this backward.
         torch.autograd.backward(out, grads[0])
-        ctx.run = None
+        ctx.recompute = None
         return x.grad, None, None, None
 
 
-def _bound(run: Callable[..., Any], rest: tuple[Any, ...]) -> Callable[[Tensor], Any]:
-    return lambda hidden: run(hidden, *rest)
+def _bound(run: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Callable[[Tensor], Any]:
+    return lambda hidden: run(hidden, *rest, **named)
 
 
 def install(lm: Any, on_host: bool = False) -> BlockInputs:
-    """Make a `BlockInputs` the checkpointing function of `lm`.
+    """Make a `BlockInputs` the boundary of the blocks of `lm`.
 
     Raises:
-        ValueError: the model's blocks cannot be found, are not checkpointed one by one, or draw
-            random numbers (dropout), so that a recomputed block would differ.
+        ValueError: the model's blocks cannot be found, or draw random numbers (dropout), so that a
+            recomputed block would differ.
     """
-    blocks = find_blocks(lm)
+    try:
+        blocks = find_blocks(lm)
+    except ValueError as error:
+        raise ValueError(f"forward reuse: {error}: use step.forward: separate") from None
     dropout = sorted(
         {f"{name} = {value}" for name, value in _dropouts(lm) if isinstance(value, float | int)}
     )
@@ -165,31 +225,9 @@ def install(lm: Any, on_host: bool = False) -> BlockInputs:
             "to 0, in the model's config or where it is named, or use step.forward: separate"
         )
     inputs = BlockInputs(blocks, on_host)
-    lm._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=inputs)
+    for block in blocks:
+        own(block, inputs)
     return inputs
-
-
-def find_blocks(lm: Any) -> list[nn.Module]:
-    """The decoder blocks, through the model's own structure: the one list of checkpointed layers.
-
-    Raises:
-        ValueError: there is none, or more than one.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    lists = [
-        list(module)
-        for module in lm.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
-    ]
-    if len(lists) != 1:
-        raise ValueError(
-            f"forward reuse needs one list of decoder blocks, {type(lm).__name__} has "
-            f"{len(lists)}: use step.forward: separate"
-        )
-    return lists[0]
 
 
 def host_boundary_bytes(
@@ -225,9 +263,3 @@ def _dropouts(lm: nn.Module) -> Any:
 
 def _size(x: Tensor) -> int:
     return x.numel() * x.element_size()
-
-
-def _hidden(out: Any) -> Tensor:
-    """A block's hidden states; some return them in a tuple."""
-    hidden: Tensor = out[0] if isinstance(out, tuple) else out
-    return hidden

@@ -48,6 +48,26 @@ def check_isolation(engine: Engine, model_config: Any, attention: str) -> None:
         )
 
 
+def check_reuse(engine: Engine, forward: str) -> None:
+    """See that the model's blocks can be recorded, before anything is trained; where `forward` is
+    `auto` and they cannot, training goes on without reuse.
+
+    Raises:
+        ValueError: `forward` is `reuse` and they cannot.
+    """
+    if not engine.can_reuse:
+        return
+    ids = np.arange(1, 3)
+    try:
+        engine.score([make_row([Candidate(0, ids, ids > 0)])], Wants(), keep=True)
+    except ValueError as error:
+        if forward == "reuse":
+            raise
+        engine.give_up_reuse(str(error))
+    else:
+        engine.forget_scoring()
+
+
 def check_boundaries(run: Run) -> None:
     """Refuse forward reuse whose block inputs cannot fit, before any step is taken.
 

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+from slap_ds.cli import main
 from slap_ds.config.deepspeed import DEFAULT_DEEPSPEED
 from slap_ds.config.schema import Config
+from slap_ds.config.file import write_config
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
@@ -129,6 +132,131 @@ def test_reuse_gathers_no_more_than_full_training(models, tmp_path):
     assert found["full"]["bytes"] > 0
     assert found["reuse"]["bytes"] <= found["full"]["bytes"], found
     assert found["reuse"]["calls"] <= found["full"]["calls"], found
+
+
+def block_gathers(c: Config) -> dict[str, float]:
+    """How often the second step gathers the weights of all blocks, by phase; and by whose order."""
+    from deepspeed.runtime.zero import partitioned_param_coordinator as deepspeed_gathers
+
+    from slap_ds.data.batch import CandidateBatch
+    from slap_ds.models.blocks import find_blocks
+    from slap_ds.train.run import prepare
+    from slap_ds.train.step import train_step
+
+    run = prepare(c)
+    engine = run.engine
+    sizes = {p.ds_id: p.ds_numel for b in find_blocks(engine.model.lm) for p in b.parameters()}
+    kind = deepspeed_gathers.PartitionedParameterCoordinator
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+    gather, forward, backward = getattr(kind, name), engine._forward, engine._backward
+    found, phase = {"rows": 0, "without order": 0}, ""
+
+    def counted(self, weights, *rest, **named):
+        for weight in weights:
+            if weight.ds_status == deepspeed_gathers.ZeroParamStatus.NOT_AVAILABLE:
+                size = sizes.get(weight.ds_id, 0) / sum(sizes.values())
+                found[phase] = found.get(phase, 0) + size
+                found["without order"] += not self.is_complete_trace()
+        return gather(self, weights, *rest, **named)
+
+    def forward_of(row, mode, wants):
+        nonlocal phase
+        phase = f"{mode} forward"
+        found["rows"] += mode == "train"
+        return forward(row, mode, wants)
+
+    def backward_of(*args, **named):
+        nonlocal phase
+        phase = "backward"
+        return backward(*args, **named)
+
+    setattr(kind, name, counted)
+    engine._forward, engine._backward = forward_of, backward_of
+    for step in range(2):
+        found.clear()
+        found |= {"rows": 0, "without order": 0}
+        train_step(run, step, CandidateBatch(run.inputs.train, next(run.stream)))
+    return {key: round(value, 9) for key, value in found.items()}
+
+
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_single_row_gathers_its_blocks_as_often_as_full_training(world, models, tmp_path):
+    """Once in scoring, never in the replayed forward, once for recompute and gradient together."""
+    settings = json.loads(DEFAULT_DEEPSPEED.read_text())
+    settings["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0,
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    found = {}
+    for name, selection in {"full": {"method": "full"}, "reuse": {"keep": 0.6}}.items():
+        c = config(
+            models["llama"],
+            tmp_path / name,
+            "reuse",
+            engine={"deepspeed": str(tmp_path / "ds.json")},
+            evaluation={"max_samples": 2},
+            selection=selection,
+        )
+        c = c.model_copy(
+            update={
+                "batch": c.batch.model_copy(
+                    update={"candidates": 4 * world, "micro_batch_tokens": 4096}
+                )
+            }
+        )
+        found[name] = run_ranks(block_gathers, world, c)[0]
+    assert found["full"] == {"rows": 1, "without order": 0, "train forward": 1, "backward": 1}
+    assert found["reuse"] == {
+        "rows": 1,
+        "without order": 0,
+        "score forward": 1,
+        "train forward": 0,  # the head's and the embedding's own weights
+        "backward": 1,
+    }
+
+
+def forget_one_block(monkeypatch):
+    """As if a later transformers called a block past its boundary."""
+    from slap_ds.models import reuse
+
+    owned, own = [], reuse.own
+    monkeypatch.setattr(
+        reuse,
+        "own",
+        lambda block, inputs: owned.append(block) or len(owned) == 1 or own(block, inputs),
+    )
+
+
+def test_a_block_that_never_records_stops_the_run_before_training(
+    models, tmp_path, monkeypatch, capsys
+):
+    forget_one_block(monkeypatch)
+    c = config(models["llama"], tmp_path / "run", "reuse", engine={"kind": "torch"})
+    write_config(c, tmp_path / "config.yaml")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(tmp_path / "config.yaml")])
+    assert stopped.value.code == 1
+    told = capsys.readouterr().err.split("slap-ds: error")[1]
+    version = transformers.__version__
+    assert f"does not work with LlamaForCausalLM of transformers {version}: 2 of 3" in told
+    assert "\n" not in told.strip()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_auto_goes_on_without_reuse_where_a_block_never_records(
+    models, tmp_path, monkeypatch, capsys
+):
+    c = config(models["llama"], tmp_path / "separate", "separate", engine={"kind": "torch"})
+    expected = losses(run_config(c))
+    forget_one_block(monkeypatch)
+    c = config(models["llama"], tmp_path / "auto", "auto", engine={"kind": "torch"})
+    found = run_config(c)
+    assert {r["forward"] for r in found if r["event"] == "train"} == {"separate"}
+    assert losses(found) == expected
+    assert "step.forward: separate, because" in capsys.readouterr().err
 
 
 def test_host_boundaries_change_nothing(models, tmp_path):

@@ -1,12 +1,18 @@
 """What forward reuse refuses, what it holds and when it lets go; quotas on token shares."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+import transformers
 
 from slap_ds.data.packing import Candidate, make_row
-from slap_ds.models.causal import PackedCausalLM
+from slap_ds.models.blocks import find_blocks, own
+from slap_ds.models.causal import PackedCausalLM, enable_checkpointing
 from slap_ds.models.load import load_config, load_model
-from slap_ds.models.reuse import find_blocks, install
+from slap_ds.models.reuse import BlockInputs, install
+from slap_ds.scoring import Wants
 from slap_ds.selection import ScoredBatch, make_selector, select, select_balanced
 
 SMALL = {
@@ -41,6 +47,146 @@ def test_blocks_are_found(model_type):
     assert len(find_blocks(small(model_type, "sdpa", head_dim=8))) == 3
 
 
+def test_a_block_stays_what_it_was():
+    """Its class is still one of transformers', under the same name; so are the weights' names."""
+    plain, lm = small(), small()
+    install(lm)
+    own = transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    for block in find_blocks(lm):
+        assert isinstance(block, own)
+        assert type(block) is not own
+        assert (type(block).__name__, type(block).__module__) == (own.__name__, own.__module__)
+    assert repr(lm) == repr(plain)
+    assert list(lm.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in lm.named_modules()] == [n for n, _ in plain.named_modules()]
+    assert lm.config.to_dict() == plain.config.to_dict()
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))])
+def test_a_copy_has_blocks_of_their_own_class_and_gives_the_same(copied, tmp_path):
+    lm = small(attention="sdpa").eval()
+    install(lm)
+    twin = copied(lm)
+    own = transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    assert {type(block) for block in find_blocks(twin)} == {own}
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        expected = lm(ids).logits
+        assert torch.equal(twin(ids).logits, expected)
+        lm.save_pretrained(tmp_path)
+        saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(saved(ids).logits, expected)
+
+
+def test_checkpointing_keeps_one_input_a_block_and_gives_the_same_gradients():
+    gradients, kept, saved = [], [], []
+    for checkpointed in (False, True):
+        lm = small().train()
+        if checkpointed:
+            enable_checkpointing(lm)
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            loss = PackedCausalLM(lm, 8)(row(7, 5), "train")
+        loss.backward()
+        gradients.append([p.grad for p in lm.parameters()])
+        kept.append(len(saved))
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
+    assert kept[1] < kept[0] / 3
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class Unrecorded(torch.nn.Module):
+    """Stands in a block's place and computes it behind the boundary's back."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **named):
+        return type(self.block).forward(self.block, *args, **named)
+
+
+def plant(lm, fault):
+    """`lm`, set up for reuse and then built otherwise than reuse expects."""
+    inputs = install(lm)
+    layers = lm.model.layers
+    if fault == "not recorded":
+        layers[1] = Unrecorded(layers[1])
+    elif fault == "twice":
+        layers[2] = layers[1]
+    else:
+        inner = layers[1].slap_boundary.call
+        layers[1].slap_boundary = copy.copy(inputs)
+        layers[1].slap_boundary.call = lambda block, run, args, named: inner(
+            block, run, (args[0] * 2, *args[1:]), named
+        )
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("not recorded", "3 of 4 block boundaries were met"),
+        ("twice", "2 of 4 block boundaries were met"),
+        ("between", "a block was not given what the block before it returned"),
+    ],
+)
+def test_a_forward_that_passes_the_boundaries_otherwise_is_refused(fault, told):
+    lm = small()
+    inputs = plant(lm, fault)
+    model = PackedCausalLM(lm, 8, inputs).train()
+    inputs.start_scoring()
+    with torch.no_grad():
+        model(row(7, 5), "score", Wants())
+    version = transformers.__version__
+    with pytest.raises(ValueError, match=rf"LlamaForCausalLM of transformers {version}: {told}"):
+        inputs.check(lm)
+
+
+class Tupled(torch.nn.Module):
+    """A block that returns its hidden states in a tuple, as those of older models do."""
+
+    def __init__(self, beside):
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 6)
+        self.beside = beside
+
+    def forward(self, hidden_states):
+        return hidden_states + torch.tanh(self.linear(hidden_states)), self.beside
+
+
+def through(blocks, hidden):
+    for block in blocks:
+        hidden = block(hidden_states=hidden)[0]
+    return hidden
+
+
+@pytest.mark.parametrize("beside", [None, torch.ones(1)])
+def test_blocks_that_return_tuples(beside):
+    torch.manual_seed(0)
+    blocks = [Tupled(beside) for _ in range(3)]
+    first, weights = torch.randn(1, 7, 6, requires_grad=True), [b.linear.weight for b in blocks]
+    expected = torch.autograd.grad(through(blocks, first).square().sum(), [first, *weights])
+    inputs = BlockInputs(blocks, on_host=False)
+    for block in blocks:
+        own(block, inputs)
+    inputs.start_scoring()
+    inputs.enter(row(7))
+    with torch.no_grad():
+        through(blocks, first)
+    if beside is not None:
+        with pytest.raises(ValueError, match="return more than hidden states"):
+            inputs.check(torch.nn.ModuleList(blocks))
+        return
+    inputs.check(torch.nn.ModuleList(blocks))
+    inputs.start_replay([row(7)])
+    inputs.enter(row(7))
+    through(blocks, first).square().sum().backward()
+    for wanted, found in zip(expected, [first, *weights], strict=True):
+        assert torch.equal(found.grad, wanted)
+
+
 def test_dropout_is_refused():
     with pytest.raises(ValueError, match=r"attention_dropout = 0\.1.*step\.forward: separate"):
         install(small(attention_dropout=0.1))
@@ -56,8 +202,6 @@ def test_boundaries_are_kept_and_released():
     inputs = install(lm)
     model = PackedCausalLM(lm, 8, inputs).train()
     inputs.start_scoring()
-    from slap_ds.scoring import Wants
-
     scored = row(7, 5, 9)
     with torch.no_grad():
         model(scored, "score", Wants())
