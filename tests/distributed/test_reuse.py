@@ -221,12 +221,14 @@ def forget_one_block(monkeypatch):
     """As if a later transformers called a block past its boundary."""
     from slap_ds.models import reuse
 
-    owned, own = [], reuse.own
-    monkeypatch.setattr(
-        reuse,
-        "own",
-        lambda block, inputs: owned.append(block) or len(owned) == 1 or own(block, inputs),
-    )
+    own, blocks = reuse.own, []
+
+    def own_all_but_the_first(block, inputs):
+        if blocks:
+            own(block, inputs)
+        blocks.append(block)
+
+    monkeypatch.setattr(reuse, "own", own_all_but_the_first)
 
 
 def test_a_block_that_never_records_stops_the_run_before_training(
