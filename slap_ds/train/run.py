@@ -141,7 +141,8 @@ def prepare(
         run.state.load_state_dict(state, newest.step)
         run.changed = changed_settings(newest, config.model_dump(mode="json"))
     check_isolation(engine, inputs.model_config, config.model.attention)
-    check_reuse(engine, config.step.forward)
+    if run.reuses and selector.needs:
+        check_reuse(engine, config.step.forward)
     comm.agree(run.state.step, "the checkpoint to resume from", str(run.state.step))
     if comm.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)

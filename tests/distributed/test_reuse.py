@@ -140,8 +140,8 @@ def block_gathers(c: Config) -> dict[str, float]:
 
     from slap_ds.data.batch import CandidateBatch
     from slap_ds.models.blocks import find_blocks
+    from slap_ds.train.record import train_step
     from slap_ds.train.run import prepare
-    from slap_ds.train.step import train_step
 
     run = prepare(c)
     engine = run.engine
