@@ -9,8 +9,8 @@ import transformers
 
 from slap_ds.cli import main
 from slap_ds.config.deepspeed import DEFAULT_DEEPSPEED
-from slap_ds.config.schema import Config
 from slap_ds.config.file import write_config
+from slap_ds.config.schema import Config
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
