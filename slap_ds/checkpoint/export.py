@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from slap_ds import jsonl
 from slap_ds.checkpoint import find as checkpoints
+from slap_ds.compat import tied_names
 from slap_ds.config.schema import Config
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
@@ -80,7 +81,7 @@ def _whole(config: Config, newest: checkpoints.Checkpoint) -> Any:
     weights = {name: value.to(dtype) for name, value in whole_weights(newest.folder).items()}
     problem = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    missing = sorted(set(problem.missing_keys) - set(getattr(model, "all_tied_weights_keys", {})))
+    missing = sorted(set(problem.missing_keys) - tied_names(model))
     if missing or problem.unexpected_keys:
         raise ValueError(
             f"{newest.folder} does not fit its model: missing {missing[:3]}, "

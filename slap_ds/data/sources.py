@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
+from slap_ds.compat import fingerprint_of
+
 SUFFIXES = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet")
 DEMO = Path(__file__).parent / "demo"
 HUB_NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<split>.+))?")
@@ -56,7 +58,7 @@ def source_facts(sources: Sequence[Source]) -> list[list[Any]]:
         [
             source.label,
             [file_sha256(file) for file in source.files],
-            None if source.dataset is None else source.dataset._fingerprint,
+            None if source.dataset is None else fingerprint_of(source.dataset),
         ]
         for source in sources
     ]

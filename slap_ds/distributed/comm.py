@@ -23,13 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slap_ds.compat import all_gather_flat
 from slap_ds.distributed.heart import Heart
 from slap_ds.distributed.peers import Peers
 from slap_ds.scoring import Scores
 from slap_ds.selection import Selection
-
-# torch 2.13 renamed it and warns about the old name.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class RankDisagreement(RuntimeError):
@@ -229,7 +227,7 @@ class Comm:
             return mine[None]
         sent = mine.to(self.device)
         table = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.device)
-        _all_gather_single(table.view(-1), sent)
+        all_gather_flat(table.view(-1), sent)
         self._count(phase, sent)
         return table.to(mine.device)
 

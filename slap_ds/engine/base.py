@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slap_ds.compat import whole_size
 from slap_ds.config.schema import Config
 from slap_ds.data.packing import PackedRow
 from slap_ds.distributed.heart import Heart
@@ -187,7 +188,7 @@ class Engine(ABC):
 
     def state_bytes(self) -> int:
         """About what `save` writes, over all ranks: float32 weights and AdamW's two moments."""
-        weights = (getattr(p, "ds_numel", p.numel()) for p in trainable(self.model))
+        weights = (whole_size(p) for p in trainable(self.model))
         return 12 * sum(weights)
 
     def _load_buffers(self, others: dict[str, Tensor]) -> None:

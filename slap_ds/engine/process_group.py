@@ -7,11 +7,11 @@ import datetime
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from slap_ds.compat import collectives_log, limit_groups
 from slap_ds.config.schema import Config
 from slap_ds.distributed.comm import Comm
 from slap_ds.distributed.heart import Heart
@@ -113,10 +113,7 @@ def limit_waiting(seconds: float) -> None:
 
     A little longer than the watchdog waits: it can say who is missing, torch's own cannot.
     """
-    seconds += _MARGIN_S
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if dist.get_rank(group) >= 0:
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+    limit_groups(seconds + _MARGIN_S)
 
 
 def stop_ranks(comm: Comm, code: int = 0) -> None:
@@ -147,14 +144,14 @@ def logged_collectives() -> Iterator[dict[str, tuple[int, int]]]:
         return
     from deepspeed import comm as ds_comm
 
-    log: Any = ds_comm.comm.comms_logger
+    log = collectives_log(ds_comm)
     ds_comm.configure(enabled=True, prof_all=True, verbose=False)
-    log.comms_dict.clear()
+    log.clear()
     try:
         yield found
     finally:
         ds_comm.configure(enabled=False)
-    for operation, by_size in log.comms_dict.items():
+    for operation, by_size in log.items():
         calls = sum(int(entry[0]) for entry in by_size.values())
         found[operation] = calls, sum(int(size) * int(e[0]) for size, e in by_size.items())
 

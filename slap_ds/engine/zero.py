@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import copyreg
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slap_ds.compat import (
+    another_state,
+    attach_moments,
+    copy_to_weights,
+    gathered_along,
+    keep_files_with,
+    part_size,
+    partitioned_groups,
+    second_order,
+    set_step,
+    stay_gathered,
+    weight_names,
+    without_recovery_script,
+)
 from slap_ds.config.deepspeed import resolve_deepspeed
 from slap_ds.config.schema import Config
 from slap_ds.data.packing import PackedRow
@@ -78,7 +91,7 @@ class DeepSpeedEngine(Engine):
         self.heart = comm.heart
         # A script that unpickles without limits, copied into every checkpoint; `slap-ds export`
         # does its work.
-        self.engine._copy_recovery_script = lambda save_path: None
+        without_recovery_script(self.engine)
         self.engine.train()
         self.optimizer = self.engine.optimizer
         self.device = torch.device(self.engine.device)
@@ -98,19 +111,12 @@ class DeepSpeedEngine(Engine):
         with self._order_of_modules(replay):
             return super().train(rows, total_weight, lr, replay)
 
-    @contextlib.contextmanager
-    def _order_of_modules(self, replay: bool) -> Iterator[None]:
+    def _order_of_modules(self, replay: bool) -> AbstractContextManager[None]:
         """Replayed rows skip the forward of every block: ZeRO-3 prefetches them along an order of
         their own, and that of scored and trained rows stays valid."""
         if not replay or self._replays is None:
-            yield
-            return
-        offload = self.optimizer.parameter_offload
-        ordinary, offload.param_coordinator = offload.param_coordinator, self._replays
-        try:
-            yield
-        finally:
-            offload.param_coordinator = ordinary
+            return nullcontext()
+        return gathered_along(self.optimizer, self._replays)
 
     def _record_trace(self) -> None:
         """Run an empty row forward and backward before the first scoring.
@@ -151,14 +157,14 @@ class DeepSpeedEngine(Engine):
         return math.nan if norm is None else float(norm)
 
     def save(self, folder: Path, writer: TensorWriter) -> None:
-        self.engine.checkpoint_engine = tensor_files(writer)
+        keep_files_with(self.engine, tensor_files(writer))
         # Frozen weights are where they were loaded from.
         self.engine.save_checkpoint(
             str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=self.adapts
         )
 
     def load(self, folder: Path) -> None:
-        self.engine.checkpoint_engine = tensor_files(TensorWriter())
+        keep_files_with(self.engine, tensor_files(TensorWriter()))
         self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=not self.adapts)
 
     def load_whole(self, folder: Path) -> None:
@@ -169,12 +175,13 @@ class DeepSpeedEngine(Engine):
                 "as many ranks as saved"
             )
         whole = open_whole(folder)
-        names = {p: n.removeprefix("lm.") for p, n in self.engine.param_names.items()}
+        names = {p: n.removeprefix("lm.") for p, n in weight_names(self.engine).items()}
         optimizer = self.engine.optimizer
         with torch.no_grad():
             self._load_buffers(whole.others)
             if stage == 3:
-                self._load_partitions(whole, names)
+                with another_state(optimizer):
+                    self._load_partitions(whole, names)
             else:
                 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -183,7 +190,7 @@ class DeepSpeedEngine(Engine):
                     made: dict[str, Tensor] = {"step": torch.tensor(whole.step)}
                     made |= {key: torch.zeros_like(flat) for key in MOMENTS}
                     optimizer.optimizer.state[flat] = made
-                optimizer._lazy_init_hp_params_optimizer_state()
+                attach_moments(optimizer)
                 for parameter in trainable(self.model):
                     name = names[parameter]
                     value = whole.tensor(name, "fp32").to(self.device)
@@ -191,24 +198,21 @@ class DeepSpeedEngine(Engine):
                     for key in MOMENTS:
                         value = whole.tensor(name, key).to(self.device)
                         safe_set_full_optimizer_state(parameter, value, key)
-                optimizer.update_lp_params()
-        self.engine.global_steps = int(whole.step)
+                copy_to_weights(optimizer)
+        set_step(self.engine, int(whole.step))
 
     def _load_partitions(self, whole: WholeState, names: dict[Any, str]) -> None:
         """ZeRO-3: write this rank's part of the state as its own checkpoint would hold it, and let
         DeepSpeed load that."""
         optimizer = self.engine.optimizer
-        optimizer.checkpoint_event_prologue()
         state = optimizer.state_dict()
         flats: dict[Key, list[Tensor]] = {key: [] for key in ("fp32", *MOMENTS)}
-        for group, flat in zip(
-            optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True
-        ):
+        for group, flat in partitioned_groups(optimizer):
             for key, made in flats.items():
                 made.append(torch.zeros_like(flat))
                 offset = 0
                 for parameter in group:
-                    size = parameter.ds_tensor.ds_numel
+                    size = part_size(parameter)
                     value = whole.tensor(names[parameter], key).flatten()
                     part = value[self.rank * size : (self.rank + 1) * size]
                     made[-1][offset : offset + len(part)].copy_(part)
@@ -220,30 +224,6 @@ class DeepSpeedEngine(Engine):
             moments[i] |= {key: flats[key][i] for key in MOMENTS}
         state["optimizer_state_dict"]["state"] = moments
         optimizer.load_state_dict([None] * self.rank + [state])
-        optimizer.checkpoint_event_epilogue()
-
-
-def second_order(optimizer: Any) -> Any:
-    """What gathers for ZeRO-3, once more, with no order of modules recorded yet."""
-    other = copy.copy(optimizer.parameter_offload.param_coordinator)
-    other._clear_trace_structures()
-    return other
-
-
-@contextlib.contextmanager
-def stay_gathered(block: torch.nn.Module) -> Iterator[None]:
-    """ZeRO-3 does not release the weights of `block` meanwhile, whatever its hooks say.
-
-    A recomputed block's gradient comes next: one gather serves both.
-    """
-    weights: list[Any] = list(block.parameters())
-    for weight in weights:
-        weight.ds_active_sub_modules.add(block)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.ds_active_sub_modules.discard(block)
 
 
 def tensor_files(writer: TensorWriter) -> Any:

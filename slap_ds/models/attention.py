@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-try:  # torch >= 2.10
-    from torch.nn.attention import varlen
-except ImportError:
-    varlen = None  # type: ignore[assignment]
+from slap_ds.compat import varlen_attention
 
 NAME = "packed"
+_packed = varlen_attention()
 
 
 def packed_attention(
@@ -65,9 +63,8 @@ def packed_attention(
         )
     assert attention_mask is None, "packed attention takes its structure from the samples' lengths"
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and varlen is not None and not dropout:
-        packed: Any = varlen.varlen_attn
-        out = packed(
+    if query.is_cuda and half and _packed is not None and not dropout:
+        out = _packed(
             *(x[0].transpose(0, 1).contiguous() for x in _same_heads(query, key, value)),
             cu_seq_lens_q,
             cu_seq_lens_q,

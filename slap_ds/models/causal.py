@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slap_ds.compat import attention_of, checkpoint_by_transformers, whole_size
 from slap_ds.data.packing import PackedRow
 from slap_ds.models.blocks import Checkpointing, find_blocks, own
 from slap_ds.models.reuse import BlockInputs
@@ -165,9 +166,10 @@ class PackedCausalLM(nn.Module):
 
 def _structure(config: Any, row: PackedRow) -> dict[str, Any]:
     """What attentions that don't read `position_ids` need to keep samples apart."""
-    if config._attn_implementation == "packed":
+    attention = attention_of(config) or ""
+    if attention == "packed":
         return {"sample_lengths": row.lengths, "cu_seq_lens_q": row.cu_seqlens}
-    if config._attn_implementation.startswith("flash_attention"):
+    if attention.startswith("flash_attention"):
         ends, longest = row.cu_seqlens, max(row.lengths)
         return {
             "cu_seq_lens_q": ends,
@@ -221,7 +223,7 @@ def head_flops(model_config: Any, response_tokens: int) -> float:
 
 def count_parameters(lm: nn.Module) -> int:
     """All parameters, the partitioned ones of ZeRO-3 at full size, shared ones once."""
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in lm.parameters())
+    return sum(whole_size(p) for p in lm.parameters())
 
 
 def enable_checkpointing(lm: Any) -> None:
@@ -232,9 +234,7 @@ def enable_checkpointing(lm: Any) -> None:
     try:
         blocks = find_blocks(lm)
     except ValueError:
-        # transformers 5.2x renamed it and warns about the old name.
-        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        checkpoint_by_transformers(lm)
         return
     for block in blocks:
         own(block, Checkpointing())

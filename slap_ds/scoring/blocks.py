@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slap_ds.compat import attention_of, is_deepspeed_name
 from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.probes import projection, signs
 from slap_ds.scoring.request import Wants
@@ -121,7 +122,7 @@ def tail_layers(lm: Any, blocks: int) -> list[tuple[int, nn.Module]]:
         )
     if blocks > len(layers):
         raise ValueError(f"scoring.blocks is {blocks}, the model has {len(layers)} blocks")
-    attention = getattr(layer_config(lm), "_attn_implementation", None)
+    attention = attention_of(layer_config(lm))
     if attention not in _ATTENTION:
         raise ValueError(
             f"model.attention is {attention!r}, which has no second derivative: scoring the last "
@@ -261,7 +262,7 @@ def _without_weights(norm: nn.Module) -> nn.Module:
     bare = type(norm).__new__(type(norm))
     nn.Module.__init__(bare)
     for key, value in vars(norm).items():
-        if key not in vars(bare) and not key.startswith(("ds_", "_ds")):
+        if key not in vars(bare) and not is_deepspeed_name(key):
             setattr(bare, key, value)
     for name, parameter in norm.named_parameters():
         bare.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="meta")))
