@@ -65,7 +65,7 @@ def test_gpt2_reuse_trains_the_same_bits_as_separate(tmp_path):
     ("kind", "attention", "told"),
     [
         ("opt", "sdpa", "samples of a packed row see each other in opt with model.attention sdpa"),
-        ("gptj", "packed", "model.attention is 'packed', which gptj does not have"),
+        ("falcon", "packed", "model.attention is 'packed', which falcon does not have"),
         ("bloom", "sdpa", "model.attention is 'sdpa', which bloom does not have"),
         ("stablelm", "packed", "is not given the samples' lengths by its model"),
         ("bloom", "packed", "samples of a packed row see each other in bloom"),
@@ -79,7 +79,7 @@ def test_what_cannot_be_packed_is_refused_in_one_line(kind, attention, told, tmp
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "max_position_embeddings": 512,
-        **{"gptj": {"rotary_dim": 8}, "stablelm": {"num_key_value_heads": 2}}.get(kind, {}),
+        **{"stablelm": {"num_key_value_heads": 2}}.get(kind, {}),
     }
     sections = {
         "model": {"path": None, "config": fields, "attention": attention},
