@@ -11,31 +11,41 @@ itself meets no module hook: where a block's output is known, ZeRO-3 gathers not
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Run = Callable[..., Any]
+Args = tuple[Any, ...]
+Named = dict[str, Any]
+
 
 class Boundary(Protocol):
     """What is asked at a block's edge."""
 
-    def call(self, block: nn.Module, run: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def call(self, block: nn.Module, run: Run, args: Args, named: Named) -> Any:
         """The block's output; `run(*args, **named)` computes it, module hooks included."""
 
-    def checkpoints(self) -> bool:
-        """Whether a block that is trained keeps its input alone and is recomputed in backward."""
+    def compute(self, block: nn.Module, run: Run, args: Args, named: Named) -> Any:
+        """The same inside the module hooks, where the block's weights are whole."""
 
 
 class Checkpointing:
-    """Activation checkpointing and no more."""
+    """Activation checkpointing: of a block that is trained, only the input is kept."""
 
-    def call(self, block: nn.Module, run: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def call(self, block: nn.Module, run: Run, args: Args, named: Named) -> Any:
+        """As it is."""
         return run(*args, **named)
 
-    def checkpoints(self) -> bool:
-        return True
+    def compute(self, block: nn.Module, run: Run, args: Args, named: Named) -> Any:
+        """Recomputed in backward, inside the module hooks: ZeRO-3 gathers the block's weights once
+        for its forward and once for recompute and gradient together."""
+        if not (block.training and torch.is_grad_enabled()):
+            return run(*args, **named)
+        return checkpoint(run, *args, use_reentrant=False, **named)
 
 
 class _Owned:
@@ -53,13 +63,10 @@ class _Owned:
         return self.slap_boundary.call(cast(nn.Module, self), run, args, named)
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        """Recomputed inside the module hooks: ZeRO-3 gathers a block's weights once for its forward
-        and once for recompute and gradient together."""
-        run, boundary = super().forward, self.slap_boundary  # type: ignore[misc]
-        trains = cast(nn.Module, self).training and torch.is_grad_enabled()
-        if boundary is None or not trains or not boundary.checkpoints():
+        run = super().forward  # type: ignore[misc]
+        if self.slap_boundary is None:
             return run(*args, **named)
-        return checkpoint(run, *args, use_reentrant=False, **named)
+        return self.slap_boundary.compute(cast(nn.Module, self), run, args, named)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copied and pickled as a block of its own class, without a boundary."""

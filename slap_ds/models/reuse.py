@@ -21,12 +21,13 @@ import transformers
 from torch import Tensor, nn
 
 from slap_ds.data.packing import PackedRow
-from slap_ds.models.blocks import find_blocks, hidden_of, own
+from slap_ds.models.blocks import Args, Checkpointing, Named, Run, find_blocks, hidden_of, own
+from slap_ds.models.recompute import Recompute
 
 Mode = Literal["train", "score", "replay"]
 
 
-class BlockInputs:
+class BlockInputs(Checkpointing):
     """The boundary of a model's blocks that can also record their inputs and replay them.
 
     Args:
@@ -41,6 +42,7 @@ class BlockInputs:
         self.held: Callable[[nn.Module], AbstractContextManager[Any]] = lambda block: nullcontext()
         self._index = {id(block): i for i, block in enumerate(blocks)}
         self._last = len(blocks) - 1
+        self._recompute = Recompute()
         self._rows: list[int] = []  # tokens of each row that was scored
         self._rest: tuple[Any, ...] | None = None  # what blocks return beside hidden states
         self._changed = False  # whether a block was given something else than the one before left
@@ -123,11 +125,15 @@ class BlockInputs:
                 for pieces in self._cuts.pop(0)
             ]
 
-    def checkpoints(self) -> bool:
+    def compute(self, block: nn.Module, run: Run, args: Args, named: Named) -> Any:
         """Rows that are neither recorded nor replayed are trained with ordinary checkpointing."""
-        return self.mode == "train"
+        if self.mode == "train":
+            return super().compute(block, run, args, named)
+        if self.mode == "score":
+            return run(*args, **named)
+        return self._recompute(block, lambda: run(*args, **named))
 
-    def call(self, block: nn.Module, run: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def call(self, block: nn.Module, run: Run, args: Args, named: Named) -> Any:
         """What `block` returns: computed, or as it was recorded."""
         if self.mode == "train":
             return run(*args, **named)
@@ -138,11 +144,11 @@ class BlockInputs:
             return self._score(i, hidden, run)
         before, after = self._current[i][None], self._current[i + 1][None]
 
-        def recompute(x: Tensor) -> Tensor:
+        def again(x: Tensor) -> Tensor:
             with self.held(block):
                 return hidden_of(run(x))
 
-        out = _Replay.apply(hidden, before, after, recompute)  # type: ignore[no-untyped-call]
+        out = _Replay.apply(hidden, before, after, again)  # type: ignore[no-untyped-call]
         return out if self._rest is None else (out, *self._rest)
 
     def _score(self, i: int, hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
@@ -201,7 +207,7 @@ class _Replay(torch.autograd.Function):
         return x.grad, None, None, None
 
 
-def _bound(run: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> Callable[[Tensor], Any]:
+def _bound(run: Run, rest: Args, named: Named) -> Callable[[Tensor], Any]:
     return lambda hidden: run(hidden, *rest, **named)
 
 
