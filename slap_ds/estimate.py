@@ -252,8 +252,11 @@ def _step(
     frozen = shape.trained is not None
     passes = (2 if reuse else 3) + recompute - frozen
     trained_rows = rows(keep * local, row)
+    # Forward and backward gather; the forward of a replayed row gathers no block's weights.
+    share = block_parameters(shape.config, shape.parameters) / shape.parameters
+    per_row = 2 - share if reuse else 2
     # Whole weights are gathered once a step, after it; ZeRO-2 reduces the gradients of every row.
-    gathers = {3: 2 * trained_rows, 2: trained_rows + 1}.get(stage, 2)
+    gathers = {3: per_row * trained_rows, 2: trained_rows + 1}.get(stage, 2)
     train = phase(keep * (passes * forward + (3 - frozen) * head), gathers)
     if reuse is None:
         return {"train": train, "score": 0.0, "gather": 0.0, "select": 0.0}
