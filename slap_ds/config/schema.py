@@ -207,11 +207,6 @@ class SelectionConfig(Section):
     no more than in the whole batch; scaled to mean 1."""
     across_strata: bool = True
     """Measure distances to the picks of earlier strata too."""
-    where: Literal["one_rank", "every_rank", "sharded"] = "one_rank"
-    """Who chooses; the picks are the same. one_rank: rank 0, and tells the others; every_rank: each
-    for itself; sharded: together, each holding its own candidates' sketches (slap and k_center;
-    docs/performance.md says when it pays)."""
-
     reference_losses: str | None = None
     """rho_loss: the file of each training sample's loss under a reference model, as written by
     `slap-ds losses`."""
@@ -235,15 +230,6 @@ class SelectionConfig(Section):
             raise ValueError(
                 "selection.method rho_loss needs selection.reference_losses, a file that "
                 "slap-ds losses writes with a reference model"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _shardable(self) -> SelectionConfig:
-        if self.where == "sharded" and self.method not in ("slap", "k_center"):
-            raise ValueError(
-                f"selection.where sharded is for slap and k_center, which look at sketches by "
-                f"distances alone; found method {self.method}: choose one_rank or every_rank"
             )
         return self
 
