@@ -237,11 +237,11 @@ class SelectionConfig(Section):
 class ScoringConfig(Section):
     """`scoring`: what a candidate is judged by."""
 
-    sketch: Literal["head_input", "head_kron", "hvp", "blocks_kron"] = "head_input"
+    sketch: Literal["head_input", "head_kron", "hvp"] = "head_input"
     """What stands for a sample (docs/method.md). head_input: its gradient by the final hidden
-    states; head_kron, blocks_kron: projected weight gradients; hvp: z * Hz of the head."""
+    states; head_kron: its projected weight gradient; hvp: z * Hz of the head."""
     sketch_size: tuple[int, int] = (16, 16)
-    """(a, b) of the Kronecker sketches: a * b numbers for every weight matrix."""
+    """(a, b) of head_kron: a * b numbers."""
     sketch_norm: Literal["auto", "none", "unit"] = "auto"
     """unit: divide each sketch by its length, so that only directions differ; auto: unit for slap
     (none with selection.preset paper), none for the other methods."""
@@ -253,7 +253,7 @@ class ScoringConfig(Section):
     probes: int = Field(16, ge=1)
     """Random vectors of the Hutchinson sources and of hvp."""
     blocks: int = Field(1, ge=1)
-    """How many of the last blocks hutchinson_blocks and blocks_kron go through."""
+    """How many of the last blocks hutchinson_blocks goes through."""
     curvature_tokens: float = Field(0.25, gt=0, le=1)
     """exact_head: share of the response tokens, drawn anew at each step, that it is the mean over;
     a quarter changes it by less than a step's own noise (docs/method.md)."""
@@ -270,11 +270,6 @@ class ScoringConfig(Section):
 
     @model_validator(mode="after")
     def _fitting(self) -> ScoringConfig:
-        if self.sketch == "blocks_kron" and self.curvature != "none":
-            raise ValueError(
-                "scoring.sketch blocks_kron is a sketch of weight gradients, which no curvature of "
-                "hidden states can precondition: set scoring.curvature none"
-            )
         if min(self.sketch_size) < 1:
             raise ValueError(f"sketch_size is {self.sketch_size}, expected two numbers >= 1")
         return self

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-Sketch = Literal["head_input", "head_kron", "hvp", "blocks_kron"]
+Sketch = Literal["head_input", "head_kron", "hvp"]
 Source = Literal["exact_head", "hutchinson_head", "hutchinson_blocks"]
 Extra = Literal["el2n", "nuclear", "hidden"]
 
@@ -20,7 +20,7 @@ class Wants(NamedTuple):
     sketch: Sketch | None = None  # per sample
     diagonal: Source | None = None  # over all tokens
     probes: int = 0  # m: random vectors of the Hutchinson sources and of the sketch hvp
-    size: tuple[int, int] = (1, 1)  # (a, b) of the Kronecker sketches
+    size: tuple[int, int] = (1, 1)  # (a, b) of head_kron
     blocks: int = 0  # n: how many of the last blocks take part; 0: the head alone
     token_share: float = 1.0  # share of the response tokens in the exact diagonal
     seed: int = 0
@@ -31,5 +31,4 @@ class Wants(NamedTuple):
 
     def sketch_only(self) -> Wants:
         """The sketch as here, and nothing else."""
-        blocks = self.blocks if self.sketch == "blocks_kron" else 0
-        return self._replace(diagonal=None, token_share=1.0, blocks=blocks, extras=())
+        return self._replace(diagonal=None, token_share=1.0, blocks=0, extras=())

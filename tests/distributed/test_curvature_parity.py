@@ -24,7 +24,6 @@ CASES = {
         "blocks": 2,
         "sketch_norm": "unit",
     },
-    "blocks_kron": {"curvature": "none", "sketch": "blocks_kron", "sketch_size": [4, 4]},
     "hvp": {"sketch": "hvp", "probes": 2},
 }
 # Run in the default tests: the others are the same code with other sums.

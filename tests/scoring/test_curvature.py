@@ -123,13 +123,6 @@ def test_a_selector_without_sketches_costs_none():
     assert scorer.state_dict() == {}
 
 
-def test_blocks_kron_with_a_curvature_is_refused():
-    with pytest.raises(ValueError, match=r"set scoring\.curvature none"):
-        ScoringConfig(sketch="blocks_kron")
-    wants = make_scorer(sketch="blocks_kron", curvature="none", blocks=2).wants(5)
-    assert (wants.blocks, wants.diagonal, wants.step, wants.seed) == (2, None, 5, 3)
-
-
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_shares_survive_the_wire_bit_for_bit(dtype, diagonal):
