@@ -242,6 +242,9 @@ class ScoringConfig(Section):
     states; head_kron: its projected weight gradient; hvp: z * Hz of the head."""
     sketch_size: tuple[int, int] = (16, 16)
     """(a, b) of head_kron: a * b numbers."""
+    sketch_dim: int | None = Field(None, ge=1, le=512)
+    """D: head_input and hvp are projected to so many numbers by fixed random signs before they
+    travel, which divides gather and choice by E / D; default: all E of the model's width."""
     sketch_norm: Literal["auto", "none", "unit"] = "auto"
     """unit: divide each sketch by its length, so that only directions differ; auto: unit for slap
     (none with selection.preset paper), none for the other methods."""
@@ -270,6 +273,11 @@ class ScoringConfig(Section):
 
     @model_validator(mode="after")
     def _fitting(self) -> ScoringConfig:
+        if self.sketch == "head_kron" and self.sketch_dim is not None:
+            raise ValueError(
+                "scoring.sketch_dim projects head_input and hvp; head_kron has the width that "
+                "scoring.sketch_size gives it: set scoring.sketch_dim null"
+            )
         if min(self.sketch_size) < 1:
             raise ValueError(f"sketch_size is {self.sketch_size}, expected two numbers >= 1")
         return self

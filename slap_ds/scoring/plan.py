@@ -32,6 +32,15 @@ class ScoringPlan:
         return "sketch" in self.needs
 
     @property
+    def projects(self) -> bool:
+        """Whether each rank projects its sketches before they are gathered.
+
+        What is projected cannot be divided by this step's curvature any more, which is known only
+        after all ranks' tokens: the average over the steps before stands in for it.
+        """
+        return self.config.sketch == "head_kron" or self.config.sketch_dim is not None
+
+    @property
     def extras(self) -> tuple[Extra, ...]:
         """The further signals, in the order of their columns."""
         every: tuple[Extra, ...] = ("el2n", "nuclear", "hidden")
@@ -51,9 +60,7 @@ class ScoringPlan:
             return Wants(extras=self.extras)
         source = None if c.curvature == "none" else c.curvature
         scale: Tensor | None = None
-        if c.sketch == "head_kron" and curvature is not None:
-            # What is projected cannot be divided by this step's curvature any more, which is known
-            # only after all ranks' tokens: the average over the steps before stands in for it.
+        if self.projects and curvature is not None:
             scale = curvature.scale()
         return Wants(
             sketch=c.sketch,
@@ -64,6 +71,7 @@ class ScoringPlan:
             token_share=c.curvature_tokens if source == "exact_head" else 1.0,
             seed=self.seed,
             step=step,
+            sketch_dim=c.sketch_dim,
             scale=None if scale is None else scale.float(),
             bfloat16=c.sketch_dtype == "bfloat16",
             extras=self.extras,

@@ -25,7 +25,8 @@ class Wants(NamedTuple):
     token_share: float = 1.0  # share of the response tokens in the exact diagonal
     seed: int = 0
     step: int = 0
-    scale: Tensor | None = None  # (E,) multiplies delta_t before head_kron projects it
+    sketch_dim: int | None = None  # D: numbers that a sketch of width E is projected to
+    scale: Tensor | None = None  # (E,) multiplies what is projected, before it is
     bfloat16: bool = False  # the sketch leaves the forward in bfloat16
     extras: tuple[Extra, ...] = ()  # further numbers per sample, side by side; hidden comes last
 

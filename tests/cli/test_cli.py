@@ -235,6 +235,12 @@ def test_dry_run_trains_nothing(capsys, write, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_projection_that_narrows_nothing_is_refused(capsys, write):
+    with pytest.raises(SystemExit):
+        main(["train", write(), "--dry-run", "--scoring.sketch_dim", "512"])
+    assert "scoring.sketch_dim is 512, not below the model's width" in capsys.readouterr().err
+
+
 def test_settings_and_help_list_everything(capsys):
     main(["settings"])
     assert "selection.keep" in capsys.readouterr().out

@@ -106,8 +106,11 @@ def test_unit_norm_keeps_directions_and_zeros():
     torch.testing.assert_close(unit[rest] * plain[rest].norm(dim=1)[:, None], plain[rest])
 
 
-def test_head_kron_is_preconditioned_by_the_steps_before():
-    scorer = make_scorer(sketch="head_kron", sketch_size=(2, 2), curvature_power=0.5)
+@pytest.mark.parametrize(
+    "settings", [{"sketch": "head_kron", "sketch_size": (2, 2)}, {"sketch_dim": 4}]
+)
+def test_what_is_projected_is_preconditioned_by_the_steps_before(settings):
+    scorer = make_scorer(**settings, curvature_power=0.5)
     assert scorer.wants(0).scale is None
     scores = make_scores(gradient=torch.randn(4, 4))
     batch = scorer.finish(scores, torch.arange(4))
@@ -121,6 +124,11 @@ def test_a_selector_without_sketches_costs_none():
     assert scorer.wants(0) == type(scorer.wants(0))()
     assert scorer.curvature is None
     assert scorer.state_dict() == {}
+
+
+def test_a_width_beside_head_kron_is_refused():
+    with pytest.raises(ValueError, match=r"set scoring\.sketch_dim null"):
+        ScoringConfig(sketch="head_kron", sketch_dim=4)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
