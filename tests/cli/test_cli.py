@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 
@@ -119,7 +121,7 @@ def test_reuse_where_it_cannot_be(capsys, write, tmp_path, monkeypatch):
     changes = {"model__path": noisy, "model__gradient_checkpointing": True}
     text = fails(capsys, "train", write(step__forward="reuse", **changes))
     assert "attention_dropout = 0.1" in text
-    monkeypatch.setattr("slap_ds.train.checks._free_host_bytes", lambda: 1000.0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     text = fails(capsys, "train", write(model__gradient_checkpointing=True))
     assert "GiB are free for them on the host" in text
     text = fails(capsys, "train", write(step__forward="reuse", step__balance="deal"))
