@@ -1,11 +1,11 @@
 """Every curvature source and sketch gives the same curvature and picks on any number of ranks."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
 from tests.recipes import picks, run_config, tiny_config, tiny_model
@@ -42,8 +42,7 @@ def models(tmp_path_factory):
 
 def curvature(run_dir: Path) -> torch.Tensor | None:
     newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
-    state = json.loads((newest / "state.json").read_text())["scorer"]
-    return torch.tensor(state["curvature"]["average"]).double() if "curvature" in state else None
+    return load_file(newest / "state.safetensors").get("scorer.curvature.average")
 
 
 def same_curvature(found, expected):
