@@ -131,7 +131,7 @@ def _once_over(config: Config, scratch: Path) -> Config:
 
 def _picked(run: Run) -> Kept:
     """What the run's selection keeps of each candidate batch; on all ranks but 0 nothing."""
-    slap = run.config.selection
+    options = run.config.selection
     kept: Kept = {}
     for step, indices in enumerate(run.stream):
         batch = CandidateBatch(run.inputs.train, indices)
@@ -141,8 +141,8 @@ def _picked(run: Run) -> Kept:
         strata = None
         if scored is not None:
             losses = scored.loss.double().cpu()
-            if slap.method == "slap":
-                strata = _strata(losses, slap.strata, slap.strata_by)
+            if options.method == "slap":
+                strata = _strata(losses, options.slap.strata, options.slap.strata_by)
         else:  # a method that looks at no scores
             nats, tokens = sum_pass(
                 run.engine,

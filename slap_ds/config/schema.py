@@ -124,6 +124,27 @@ class StepConfig(Section):
     """Where reuse keeps the block inputs of all candidates between scoring and training."""
 
 
+class SlapConfig(Section):
+    """`selection.slap`, for method slap."""
+
+    strata: int = Field(4, ge=1)
+    """K: number of loss strata."""
+    strata_by: Literal["quantile", "width"] = "quantile"
+    """Equal counts, or equal loss ranges between the smallest and the largest loss."""
+    budgets: Literal["sampled", "expected"] = "sampled"
+    """Budget per stratum: counted from a Gumbel top-M draw, or its expectation rounded."""
+    preset: Literal["measured", "paper"] = "measured"
+    """Which sketches it takes if scoring.sketch_norm does not say. measured: of unit length, as
+    docs/experiments.md supports; paper: as they are, our reading of the paper."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the losses in softmax(loss / temperature); nats per token."""
+    reweight: Literal["none", "inverse"] = "none"
+    """inverse: picks of a stratum weigh its size over its budget, so that hard samples count
+    no more than in the whole batch; scaled to mean 1."""
+    across_strata: bool = True
+    """Measure distances to the picks of earlier strata too."""
+
+
 class CcsConfig(Section):
     """`selection.ccs`, for method ccs."""
 
@@ -191,28 +212,13 @@ class SelectionConfig(Section):
     """Share of the steps, at the start, that train all candidates."""
     cooldown: float = Field(0.0, ge=0, le=1)
     """Share of the steps, at the end, that train all candidates."""
-    strata: int = Field(4, ge=1)
-    """K: number of loss strata."""
-    strata_by: Literal["quantile", "width"] = "quantile"
-    """Equal counts, or equal loss ranges between the smallest and the largest loss."""
-    budgets: Literal["sampled", "expected"] = "sampled"
-    """Budget per stratum: counted from a Gumbel top-M draw, or its expectation rounded."""
-    preset: Literal["measured", "paper"] = "measured"
-    """Which sketches slap takes if scoring.sketch_norm does not say. measured: of unit length, as
-    docs/experiments.md supports; paper: as they are, our reading of the paper."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides the losses in softmax(loss / temperature); nats per token."""
-    reweight: Literal["none", "inverse"] = "none"
-    """inverse: slap's picks of a stratum weigh its size over its budget, so that hard samples count
-    no more than in the whole batch; scaled to mean 1."""
-    across_strata: bool = True
-    """Measure distances to the picks of earlier strata too."""
     reference_losses: str | None = None
     """rho_loss: the file of each training sample's loss under a reference model, as written by
     `slap-ds losses`."""
     validation: list[str] = []
     """greats: files, folders, globs or hub names of the samples whose loss shall fall; none of them
     may be in data.eval."""
+    slap: SlapConfig = SlapConfig()
     ccs: CcsConfig = CcsConfig()
     infobatch: InfoBatchConfig = InfoBatchConfig()
     selective_backprop: SelectiveBackpropConfig = SelectiveBackpropConfig()
@@ -247,7 +253,7 @@ class ScoringConfig(Section):
     travel, which divides gather and choice by E / D; default: all E of the model's width."""
     sketch_norm: Literal["auto", "none", "unit"] = "auto"
     """unit: divide each sketch by its length, so that only directions differ; auto: unit for slap
-    (none with selection.preset paper), none for the other methods."""
+    (none with selection.slap.preset paper), none for the other methods."""
     sketch_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which sketches travel between ranks."""
     curvature: Literal["exact_head", "hutchinson_head", "hutchinson_blocks", "none"] = "exact_head"
@@ -413,7 +419,7 @@ class Config(Section):
         """`scoring` with `sketch_norm` auto replaced by what the method takes."""
         if self.scoring.sketch_norm != "auto":
             return self.scoring
-        unit = self.selection.method == "slap" and self.selection.preset == "measured"
+        unit = self.selection.method == "slap" and self.selection.slap.preset == "measured"
         return self.scoring.model_copy(update={"sketch_norm": "unit" if unit else "none"})
 
     @property

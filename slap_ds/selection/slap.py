@@ -30,6 +30,7 @@ class Slap(Stateless):
     temperature: float = 1.0
     across_strata: bool = True
     reweight: Literal["none", "inverse"] = "none"
+    preset: Literal["measured", "paper"] = "measured"  # of the sketches, which the scorer makes
     takes_quotas = True
     needs: frozenset[Signal] = frozenset({"loss", "sketch"})
 
