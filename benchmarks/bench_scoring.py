@@ -56,7 +56,6 @@ CASES: dict[str, dict[str, Any]] = {
     "head_input + hutchinson_blocks 1, 2": {"curvature": "hutchinson_blocks", "probes": 2},
     "head_kron 16x16": {"sketch": "head_kron", "curvature": "none"},
     "hvp 4": {"sketch": "hvp", "curvature": "none", "probes": 4},
-    "blocks_kron 1, 16x16": {"sketch": "blocks_kron", "curvature": "none"},
 }
 LOSS, STEP = "loss", "training step"
 SKETCHED = frozenset({"loss", "sketch"})

@@ -1,3 +1,3 @@
 """slap_ds: train on the samples worth training, chosen at every step, under DeepSpeed ZeRO-3."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -14,7 +14,6 @@ import gzip
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from slap_ds.data.store import POSITION_BITS, TokenStore
 from slap_ds.data.templates import make_template
 from slap_ds.distributed.comm import Comm
 from slap_ds.distributed.startup import while_others_wait
+from slap_ds.files import replacing
 from slap_ds.jsonl import read_lines
 from slap_ds.selection.strata import assign_strata
 from slap_ds.train.inputs import Inputs, read_inputs
@@ -131,7 +131,7 @@ def _once_over(config: Config, scratch: Path) -> Config:
 
 def _picked(run: Run) -> Kept:
     """What the run's selection keeps of each candidate batch; on all ranks but 0 nothing."""
-    slap = run.config.selection
+    options = run.config.selection
     kept: Kept = {}
     for step, indices in enumerate(run.stream):
         batch = CandidateBatch(run.inputs.train, indices)
@@ -141,8 +141,8 @@ def _picked(run: Run) -> Kept:
         strata = None
         if scored is not None:
             losses = scored.loss.double().cpu()
-            if slap.method == "slap":
-                strata = _strata(losses, slap.strata, slap.strata_by)
+            if options.method == "slap":
+                strata = _strata(losses, options.slap.strata, options.slap.strata_by)
         else:  # a method that looks at no scores
             nats, tokens = sum_pass(
                 run.engine,
@@ -246,14 +246,9 @@ def _plain(value: Any) -> Any:
 def _replaced(out: Path) -> Iterator[IO[str]]:
     """A text file, gzipped by its suffix, that gets its name once it is whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        with contextlib.ExitStack() as stack:
-            raw: Any = stack.enter_context(temporary.open("wb"))
-            if out.name.endswith(".gz"):
-                # Without name and time, so that equal rows give equal files.
-                raw = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
-            yield stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"))
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(out) as part, contextlib.ExitStack() as stack:
+        raw: Any = stack.enter_context(part.open("wb"))
+        if out.name.endswith(".gz"):
+            # Without name and time, so that equal rows give equal files.
+            raw = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+        yield stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"))

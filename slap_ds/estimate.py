@@ -216,7 +216,7 @@ def _work(config: Config, shape: Shape, n: int, stage: int) -> dict[str, float]:
         "head gradient": 0.0 if shape.trained else e * v * (4.0 + value),
         "head chunk": float(config.scoring.chunk_tokens * v * (4 + 4 + value)),
         "one block's activations": float(recompute),
-        "scores of all candidates": n * (e * 4 * 2 + 20.0),
+        "scores of all candidates": n * (sketch_width(config, e) * 4 * 2 + 20.0),
     }
 
 
@@ -261,14 +261,23 @@ def _step(
     if reuse is None:
         return {"train": train, "score": 0.0, "gather": 0.0, "select": 0.0}
     doublings = math.log2(max(gpus, 2))
-    payload = n * (4 * shape.width + 20)
+    d = sketch_width(config, shape.width)
+    payload = n * (4 * d + 20)
     scored_rows = rows(local, config.score_row_tokens) if stage == 3 else 0
     return {
         "score": phase(forward + 2 * head, scored_rows),
         "gather": payload / hw.gather_bytes_per_s + 6 * hw.latency_s * doublings,
-        "select": _pairs(n, keep) * shape.width / hw.pair_dims_per_s,
+        "select": _pairs(n, keep) * d / hw.pair_dims_per_s,
         "train": train,
     }
+
+
+def sketch_width(config: Config, width: int) -> int:
+    """D, the numbers of a sketch that are gathered and compared, for a model of width E."""
+    scoring = config.scoring
+    if scoring.sketch == "head_kron":
+        return math.prod(scoring.sketch_size)
+    return scoring.sketch_dim or width
 
 
 def _pairs(n: int, keep: float) -> float:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
+
+from slap_ds.files import write_text
 
 
 def loads(text: str | bytes) -> Any:
@@ -82,7 +83,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _keep_before(path: Path, start_step: int) -> None:
     kept = [record for record in read_lines(path) if record["step"] < start_step]
-    temporary = path.with_suffix(".tmp")
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    rows = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    write_text(path, "".join(rows))

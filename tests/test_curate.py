@@ -118,7 +118,7 @@ def test_the_hardest_of_each_batch_by_a_plain_forward(model, tmp_path, data, cap
 
 
 def test_slap_keeps_what_a_run_picks_in_its_first_step(model, tmp_path, data):
-    config, path = make(model, tmp_path, data, selection={"method": "slap", "strata": 3})
+    config, path = make(model, tmp_path, data, selection={"method": "slap", "slap": {"strata": 3}})
     main(["curate", path, "--out", str(tmp_path / "kept.jsonl.gz")])
     found = {row["slap"]["sample_id"]: row["slap"] for row in rows_of(tmp_path / "kept.jsonl.gz")}
     main(["train", path, "--steps", "1"])

@@ -112,3 +112,15 @@ def test_pinned_rows_take_powers_of_two(tokens, width):
     pinned = 33 * sum(2 ** math.ceil(math.log2(n * width * 2)) for n in rows)
     assert host_boundary_bytes(tokens, 16384, 32, width, 2) == pinned
     assert [pinned_bytes(n) for n in (0, 1, 2, 3, 4, 5, 1025)] == [0, 1, 2, 4, 4, 8, 2048]
+
+
+@pytest.mark.parametrize(
+    ("scoring", "width"), [({"sketch_dim": 256}, 256), ({"sketch": "head_kron"}, 16 * 16)]
+)
+def test_gather_and_choice_are_divided_by_a_narrower_sketch(scoring, width, tmp_path):
+    model = meta()
+    wide, narrow = (of(model, tmp_path, gpus=512, scoring=s) for s in ({}, scoring))
+    ratio = model.config.hidden_size / width
+    assert wide.step_s["select"] / narrow.step_s["select"] == pytest.approx(ratio)
+    saved = 512 * 32 * 4 * (model.config.hidden_size - width) / SLOW_NETWORK.gather_bytes_per_s
+    assert wide.step_s["gather"] - narrow.step_s["gather"] == pytest.approx(saved)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slap_ds import jsonl
+from slap_ds.checkpoint.state import VALUES, unpacked
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine import Engine
 from slap_ds.engine.tensor_files import FileFact, file_fact
@@ -116,7 +117,7 @@ def read(folder: Path) -> Checkpoint:
             raise ValueError("a size or a hash is missing")
         if f"step-{checkpoint.step:06d}" != folder.name:
             raise ValueError(f"it belongs to step {checkpoint.step}")
-        if "state.json" not in files or int(manifest["world_size"]) < 1:
+        if VALUES not in files or int(manifest["world_size"]) < 1:
             raise ValueError("it names no state")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -151,7 +152,7 @@ def load(checkpoint: Checkpoint, engine: Engine, comm: Comm) -> dict[str, Any]:
     Raises:
         ValueError: a file is damaged or holds more than tensors, or ranks cannot be changed.
     """
-    state: dict[str, Any] = jsonl.loads((checkpoint.folder / "state.json").read_bytes())
+    state = unpacked(checkpoint.folder)
     if (
         checkpoint.manifest["world_size"] == comm.world
         and checkpoint.manifest.get("engine") == engine.kind

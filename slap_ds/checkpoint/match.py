@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slap_ds.checkpoint.find import Checkpoint
+from slap_ds.checkpoint.state import TENSORS
 from slap_ds.config.deepspeed import resolve_deepspeed
 from slap_ds.config.schema import Config
 
@@ -53,6 +54,12 @@ def check_matches(
         ValueError: naming what differs.
     """
     saved = checkpoint.manifest
+    if TENSORS not in checkpoint.files:
+        raise ValueError(
+            f"{checkpoint.folder} was saved by slap_ds {saved.get('version')}; runs can be gone on "
+            "with from 0.2.0 on: end this one with the version that began it, or start in another "
+            "run_dir"
+        )
     if saved["world_size"] != world and not reshard:
         raise ValueError(
             f"{checkpoint.folder} was saved by {saved['world_size']} ranks, this run has {world}: "

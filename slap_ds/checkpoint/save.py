@@ -2,6 +2,7 @@
 
 run_dir/checkpoints/step-000100/manifest.json   what it is, size and SHA-256 of every file
                                /state.json      stream cursor, scorer and selector state
+                               /state.safetensors   the tensors of that state
                                /engine/...      weights and optimizer, one shard a rank
                    /latest                      a hint for people; loading looks for itself
 
@@ -19,15 +20,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from slap_ds import __version__, jsonl
 from slap_ds.checkpoint.find import find, read, sealed
+from slap_ds.checkpoint.state import packed
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine import Engine
 from slap_ds.engine.tensor_files import FileFact, TensorWriter, file_fact, sync
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -36,7 +40,9 @@ class _Pending:
 
     step: int
     writer: TensorWriter
-    state: str  # as it was when saved; the trainer goes on changing it
+    state: (
+        dict[str, bytes] | None
+    )  # rank 0's, as it was when saved; the trainer goes on changing it
     facts: Mapping[str, Any]
     stall_s: float = 0.0
 
@@ -67,7 +73,8 @@ class Saver:
         """Write the checkpoint after `step` steps.
 
         Args:
-            state: what the trainer needs to continue, JSON values; rank 0's is written.
+            state: what the trainer needs to continue, nested mappings of JSON values and tensors;
+                rank 0's is written.
             facts: what must match on resume (data fingerprint and the like).
 
         Raises:
@@ -76,12 +83,12 @@ class Saver:
         self.wait()
         started = time.perf_counter()
         temporary = self.root / f".tmp-{step:06d}"
-        text = self._together(
+        files = self._together(
             step, "checkpoint folder", lambda: self._prepare(temporary, engine, state)
         )
         writer = TensorWriter(self.background, self._progress)
         engine.save(temporary, writer)
-        self._pending = _Pending(step, writer, text, facts, time.perf_counter() - started)
+        self._pending = _Pending(step, writer, files, facts, time.perf_counter() - started)
         if not self.background:
             self.wait()
 
@@ -132,8 +139,10 @@ class Saver:
         if self._pending is None:
             self.comm.heart.work()
 
-    def _prepare(self, temporary: Path, engine: Engine, state: Mapping[str, Any]) -> str:
-        text = jsonl.dumps(state)
+    def _prepare(
+        self, temporary: Path, engine: Engine, state: Mapping[str, Any]
+    ) -> dict[str, bytes]:
+        files = packed(state)
         self.root.mkdir(parents=True, exist_ok=True)
         self._sweep()
         found = find(self.run_dir)
@@ -146,7 +155,7 @@ class Saver:
                 errno.ENOSPC, f"{need:,} bytes are needed, {free:,} are free", str(self.root)
             )
         temporary.mkdir()
-        return text
+        return files
 
     def _written(self, pending: _Pending, temporary: Path) -> dict[str, FileFact]:
         """Every rank's files, read back and compared with what was written."""
@@ -170,19 +179,20 @@ class Saver:
 
     def _publish(self, pending: _Pending, temporary: Path, files: Mapping[str, FileFact]) -> str:
         final = self.root / f"step-{pending.step:06d}"
-        state = _write_text(temporary / "state.json", pending.state)
+        assert pending.state is not None
+        state = {name: _write(temporary / name, data) for name, data in pending.state.items()}
         manifest = {
             "step": pending.step,
             "world_size": self.comm.world,
             "version": __version__,
             "torch": str(torch.__version__),
             **pending.facts,
-            "files": {name: asdict(f) for name, f in {**files, "state.json": state}.items()},
+            "files": {name: asdict(f) for name, f in {**files, **state}.items()},
         }
         for name, fact in files.items():  # as rank 0 finds them, before anything bears the name
             if (temporary / name).stat().st_size != fact.bytes:
                 raise OSError(errno.EIO, "is not what its rank wrote", str(temporary / name))
-        _write_text(temporary / "manifest.json", jsonl.dumps(sealed(manifest)))
+        _write(temporary / "manifest.json", jsonl.dumps(sealed(manifest)).encode())
         for folder in sorted({path.parent for path in temporary.rglob("*")} | {temporary}):
             sync(folder)
         if final.exists():  # one that was refused, or we would not be here again
@@ -190,7 +200,7 @@ class Saver:
         os.rename(temporary, final)
         sync(self.root)
         hint = self.root / ".tmp-latest"
-        _write_text(hint, final.name)
+        _write(hint, final.name.encode())
         os.replace(hint, self.root / "latest")
         sync(self.root)
         # What is older goes once the new one is there, as a reader finds it.
@@ -211,9 +221,9 @@ class Saver:
             else:
                 left.unlink()
 
-    def _together(self, step: int, phase: str, work: Callable[[], str]) -> str:
-        """Run `work` on rank 0; every rank raises if it failed there."""
-        problem, result = "", ""
+    def _together(self, step: int, phase: str, work: Callable[[], T]) -> T | None:
+        """Run `work` on rank 0, which gets its result; every rank raises if it failed there."""
+        problem, result = "", None
         if self.comm.rank == 0:
             try:
                 result = work()
@@ -243,8 +253,7 @@ class Saver:
         raise ValueError(f"no checkpoint after step {step}: rank {rank}: {problem}; {good}")
 
 
-def _write_text(path: Path, text: str) -> FileFact:
-    data = text.encode()
+def _write(path: Path, data: bytes) -> FileFact:
     with path.open("wb") as file:
         file.write(data)
         file.flush()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from slap_ds.cli.common import OVERRIDES, Commands
 
 if TYPE_CHECKING:
-    from slap_ds.evaluation.judge import Endpoint
+    from slap_ds.evaluation.chat import Endpoint
 
 
 def add(commands: Commands) -> None:
@@ -113,7 +113,10 @@ def _endpoint(options: argparse.Namespace) -> Endpoint | None:
     """The judge that was asked for; every mistake is told before anything is computed."""
     if options.judge is None:
         return None
-    from slap_ds.evaluation.judge import Endpoint, endpoint_url
+    try:
+        from slap_ds.evaluation.chat import Endpoint, endpoint_url
+    except ImportError:
+        raise ValueError("--judge needs openai: pip install 'slap_ds[judge]'") from None
 
     for name in ("judge_model", "against"):
         if getattr(options, name) is None:

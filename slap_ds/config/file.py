@@ -120,10 +120,7 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
 def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
-        known = list(_section_fields(error["loc"][:-1], model))
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
+        return f"{key}: unknown key; {_hint(error['loc'], model)}"
     if error["type"] == "missing":
         return f"{key}: missing, and it has no default"
     message = error["msg"].removeprefix("Value error, ")
@@ -132,7 +129,24 @@ def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     return f"{key}: {message} (found {error['input']!r})"
 
 
-def _section_fields(location: Sequence[Any], root: type[BaseModel]) -> Iterator[str]:
+def _hint(location: Sequence[Any], root: type[BaseModel]) -> str:
+    """What may have been meant by an unknown key: one further down, or one of a similar name."""
+    *parents, name = location
+    section = _section(parents, root)
+    known = [field.alias or key for key, field in section.model_fields.items()] if section else []
+    below = [
+        ".".join(map(str, [*parents, one, name]))
+        for one in known
+        if (inner := _section([*parents, one], root)) and name in inner.model_fields
+    ]
+    if below:
+        return f"did you mean {' or '.join(below)}?"
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+
+
+def _section(location: Sequence[Any], root: type[BaseModel]) -> type[BaseModel] | None:
+    """The section at a dotted key; None: a single value."""
     model: Any = root
     for part in location:
         if get_origin(model) in (list, dict):
@@ -142,8 +156,7 @@ def _section_fields(location: Sequence[Any], root: type[BaseModel]) -> Iterator[
         model = field.annotation if field is not None else None
         if get_origin(model) in (Union, types.UnionType):
             model = next((a for a in get_args(model) if hasattr(a, "model_fields")), None)
-    for name, field in getattr(model, "model_fields", {}).items():
-        yield field.alias or name
+    return model if _is_section(model) else None
 
 
 def write_config(config: Config, path: Path) -> None:

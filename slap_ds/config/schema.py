@@ -124,6 +124,27 @@ class StepConfig(Section):
     """Where reuse keeps the block inputs of all candidates between scoring and training."""
 
 
+class SlapConfig(Section):
+    """`selection.slap`, for method slap."""
+
+    strata: int = Field(4, ge=1)
+    """K: number of loss strata."""
+    strata_by: Literal["quantile", "width"] = "quantile"
+    """Equal counts, or equal loss ranges between the smallest and the largest loss."""
+    budgets: Literal["sampled", "expected"] = "sampled"
+    """Budget per stratum: counted from a Gumbel top-M draw, or its expectation rounded."""
+    preset: Literal["measured", "paper"] = "measured"
+    """Which sketches it takes if scoring.sketch_norm does not say. measured: of unit length, as
+    docs/experiments.md supports; paper: as they are, our reading of the paper."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the losses in softmax(loss / temperature); nats per token."""
+    reweight: Literal["none", "inverse"] = "none"
+    """inverse: picks of a stratum weigh its size over its budget, so that hard samples count
+    no more than in the whole batch; scaled to mean 1."""
+    across_strata: bool = True
+    """Measure distances to the picks of earlier strata too."""
+
+
 class CcsConfig(Section):
     """`selection.ccs`, for method ccs."""
 
@@ -191,33 +212,13 @@ class SelectionConfig(Section):
     """Share of the steps, at the start, that train all candidates."""
     cooldown: float = Field(0.0, ge=0, le=1)
     """Share of the steps, at the end, that train all candidates."""
-    strata: int = Field(4, ge=1)
-    """K: number of loss strata."""
-    strata_by: Literal["quantile", "width"] = "quantile"
-    """Equal counts, or equal loss ranges between the smallest and the largest loss."""
-    budgets: Literal["sampled", "expected"] = "sampled"
-    """Budget per stratum: counted from a Gumbel top-M draw, or its expectation rounded."""
-    preset: Literal["measured", "paper"] = "measured"
-    """Which sketches slap takes if scoring.sketch_norm does not say. measured: of unit length, as
-    docs/experiments.md supports; paper: as they are, our reading of the paper."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides the losses in softmax(loss / temperature); nats per token."""
-    reweight: Literal["none", "inverse"] = "none"
-    """inverse: slap's picks of a stratum weigh its size over its budget, so that hard samples count
-    no more than in the whole batch; scaled to mean 1."""
-    across_strata: bool = True
-    """Measure distances to the picks of earlier strata too."""
-    where: Literal["one_rank", "every_rank", "sharded"] = "one_rank"
-    """Who chooses; the picks are the same. one_rank: rank 0, and tells the others; every_rank: each
-    for itself; sharded: together, each holding its own candidates' sketches (slap and k_center;
-    docs/performance.md says when it pays)."""
-
     reference_losses: str | None = None
     """rho_loss: the file of each training sample's loss under a reference model, as written by
     `slap-ds losses`."""
     validation: list[str] = []
     """greats: files, folders, globs or hub names of the samples whose loss shall fall; none of them
     may be in data.eval."""
+    slap: SlapConfig = SlapConfig()
     ccs: CcsConfig = CcsConfig()
     infobatch: InfoBatchConfig = InfoBatchConfig()
     selective_backprop: SelectiveBackpropConfig = SelectiveBackpropConfig()
@@ -238,27 +239,21 @@ class SelectionConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _shardable(self) -> SelectionConfig:
-        if self.where == "sharded" and self.method not in ("slap", "k_center"):
-            raise ValueError(
-                f"selection.where sharded is for slap and k_center, which look at sketches by "
-                f"distances alone; found method {self.method}: choose one_rank or every_rank"
-            )
-        return self
-
 
 class ScoringConfig(Section):
     """`scoring`: what a candidate is judged by."""
 
-    sketch: Literal["head_input", "head_kron", "hvp", "blocks_kron"] = "head_input"
+    sketch: Literal["head_input", "head_kron", "hvp"] = "head_input"
     """What stands for a sample (docs/method.md). head_input: its gradient by the final hidden
-    states; head_kron, blocks_kron: projected weight gradients; hvp: z * Hz of the head."""
+    states; head_kron: its projected weight gradient; hvp: z * Hz of the head."""
     sketch_size: tuple[int, int] = (16, 16)
-    """(a, b) of the Kronecker sketches: a * b numbers for every weight matrix."""
+    """(a, b) of head_kron: a * b numbers."""
+    sketch_dim: int | None = Field(None, ge=1, le=512)
+    """D: head_input and hvp are projected to so many numbers by fixed random signs before they
+    travel, which divides gather and choice by E / D; default: all E of the model's width."""
     sketch_norm: Literal["auto", "none", "unit"] = "auto"
     """unit: divide each sketch by its length, so that only directions differ; auto: unit for slap
-    (none with selection.preset paper), none for the other methods."""
+    (none with selection.slap.preset paper), none for the other methods."""
     sketch_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which sketches travel between ranks."""
     curvature: Literal["exact_head", "hutchinson_head", "hutchinson_blocks", "none"] = "exact_head"
@@ -267,7 +262,7 @@ class ScoringConfig(Section):
     probes: int = Field(16, ge=1)
     """Random vectors of the Hutchinson sources and of hvp."""
     blocks: int = Field(1, ge=1)
-    """How many of the last blocks hutchinson_blocks and blocks_kron go through."""
+    """How many of the last blocks hutchinson_blocks goes through."""
     curvature_tokens: float = Field(0.25, gt=0, le=1)
     """exact_head: share of the response tokens, drawn anew at each step, that it is the mean over;
     a quarter changes it by less than a step's own noise (docs/method.md)."""
@@ -284,10 +279,10 @@ class ScoringConfig(Section):
 
     @model_validator(mode="after")
     def _fitting(self) -> ScoringConfig:
-        if self.sketch == "blocks_kron" and self.curvature != "none":
+        if self.sketch == "head_kron" and self.sketch_dim is not None:
             raise ValueError(
-                "scoring.sketch blocks_kron is a sketch of weight gradients, which no curvature of "
-                "hidden states can precondition: set scoring.curvature none"
+                "scoring.sketch_dim projects head_input and hvp; head_kron has the width that "
+                "scoring.sketch_size gives it: set scoring.sketch_dim null"
             )
         if min(self.sketch_size) < 1:
             raise ValueError(f"sketch_size is {self.sketch_size}, expected two numbers >= 1")
@@ -424,7 +419,7 @@ class Config(Section):
         """`scoring` with `sketch_norm` auto replaced by what the method takes."""
         if self.scoring.sketch_norm != "auto":
             return self.scoring
-        unit = self.selection.method == "slap" and self.selection.preset == "measured"
+        unit = self.selection.method == "slap" and self.selection.slap.preset == "measured"
         return self.scoring.model_copy(update={"sketch_norm": "unit" if unit else "none"})
 
     @property

@@ -10,7 +10,6 @@ because nobody could say how many rows went with it.
 
 import glob
 import gzip
-import hashlib
 import json
 import re
 import zlib
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from slap_ds.compat import fingerprint_of
+from slap_ds.files import sha256
 
 SUFFIXES = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet")
 DEMO = Path(__file__).parent / "demo"
@@ -57,20 +57,11 @@ def source_facts(sources: Sequence[Source]) -> list[list[Any]]:
     return [
         [
             source.label,
-            [file_sha256(file) for file in source.files],
+            [sha256(file) for file in source.files],
             None if source.dataset is None else fingerprint_of(source.dataset),
         ]
         for source in sources
     ]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _summary(error: Exception) -> str:

@@ -30,8 +30,9 @@ import numpy.typing as npt
 
 from slap_ds.data.formats import Conversation, Reject, read_sources
 from slap_ds.data.guard import Place, guarded
-from slap_ds.data.sources import Limits, Source, file_sha256, find_sources, source_facts
+from slap_ds.data.sources import Limits, Source, find_sources, source_facts
 from slap_ds.data.templates import Encoded, Template
+from slap_ds.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -354,7 +355,7 @@ def _write(
         )
     for name, kind in COLUMNS.items():
         np.array(columns[name], dtype=kind).tofile(folder / f"{name}.bin")
-    content = [file_sha256(folder / f"{name}.bin") for name in ("tokens", "mask", *COLUMNS)]
+    content = [sha256(folder / f"{name}.bin") for name in ("tokens", "mask", *COLUMNS)]
     named = {label: list(codes) for label, codes in names.items()}
     files = sorted(folder.iterdir())
     manifest = {

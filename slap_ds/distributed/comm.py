@@ -195,19 +195,6 @@ class Comm:
             self.agree(step, "the hash of the picks", digest.hexdigest())
         return selection
 
-    def add_rows(self, phase: str, rows: Tensor) -> Tensor:
-        """(p, D) float32, each row zero on all ranks but one -> that rank's rows, bit for bit.
-
-        It carries no stamp: it follows an exchange that has one.
-        """
-        if self.world == 1:
-            return rows
-        # As integers: in float32 the zeros of the others would turn -0 into 0.
-        bits = rows.contiguous().view(torch.int32).to(self.device, copy=True)
-        dist.all_reduce(bits)
-        self._count(phase, bits)
-        return bits.to(rows.device).view(torch.float32)
-
     def time_all_reduce(self, size: int, repeats: int) -> list[float]:
         """Seconds of each of `repeats` all-reduces of `size` bytes, after two that do not count."""
         data = torch.zeros(size // 4, device=self.device)

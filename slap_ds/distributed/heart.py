@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from slap_ds.files import write_text
 
 # How long a failed rank goes on answering, so that the others do not take it for the cause.
 GRACE_S = 1.5
@@ -92,10 +93,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:
     """Whole or not at all; not at all where the disk is full, which must end no run."""
-    temporary = path.with_name(f".{path.stem}")
     with contextlib.suppress(OSError):
-        temporary.write_text(json.dumps(facts), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(facts))
 
 
 def heartbeat_s(world: int) -> float:

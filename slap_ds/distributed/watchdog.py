@@ -34,6 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
+
 from slap_ds.distributed.heart import (
     FAILED,
     GRACE_S,
@@ -256,9 +258,8 @@ def die_with_parent(parent: int) -> None:
 def _parent(pid: int) -> int:
     """The parent of a process; 0: it has gone, or this system does not tell."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
+        return int(psutil.Process(pid).ppid())
+    except psutil.Error:
         return 0
 
 

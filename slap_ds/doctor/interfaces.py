@@ -9,17 +9,13 @@ interface whose name begins with ib, else any but docker* and lo, else docker*, 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import socket
-import struct
 from collections.abc import Mapping
 from typing import NamedTuple
 
-_SIOCGIFFLAGS, _SIOCGIFADDR = 0x8913, 0x8915
-_UP = 1
+import psutil
 
 
 class Interface(NamedTuple):
@@ -41,15 +37,12 @@ class Interface(NamedTuple):
 
 def present() -> list[Interface]:
     """The interfaces that are up and have an IPv4 address, in the system's order."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            with contextlib.suppress(OSError):  # no IPv4 address
-                flags = struct.unpack("16xH", fcntl.ioctl(s, _SIOCGIFFLAGS, request)[:18])[0]
-                address = fcntl.ioctl(s, _SIOCGIFADDR, request)[20:24]
-                if flags & _UP:
-                    found.append(Interface(name, socket.inet_ntoa(address)))
+    stats, found = psutil.net_if_stats(), []
+    for name, addresses in psutil.net_if_addrs().items():
+        ipv4 = [one.address for one in addresses if one.family == socket.AF_INET]
+        # Not `isup`, which asks for a carrier as well.
+        if ipv4 and name in stats and "up" in stats[name].flags.split(","):
+            found.append(Interface(name, ipv4[0]))
     return found
 
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 # torch holds the lock for about a second where there is nothing to compile.
 _PATIENCE_S = 10.0
 
@@ -55,9 +57,8 @@ def _stamps(found: list[Path]) -> list[tuple[Path, float]]:
 
 def _is_building(folder: Path) -> bool:
     """Whether a process has `folder` as its working directory, as compilers and ninja do."""
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal():
-            with contextlib.suppress(OSError):
-                if os.path.samefile(process / "cwd", folder):
-                    return True
+    for process in psutil.process_iter(["cwd"]):
+        with contextlib.suppress(OSError):
+            if process.info["cwd"] and os.path.samefile(process.info["cwd"], folder):
+                return True
     return False

@@ -23,7 +23,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2**22
+from slap_ds.files import BLOCK_BYTES, feed
+
 # Written to the page cache before they are forced to disk: one fsync of a whole shard may take
 # minutes in which nobody could tell whether it gets on.
 SYNC_BYTES = 2**28
@@ -155,12 +156,7 @@ def read_tensors(path: Path, allowed: Sequence[Any] = (), map_file: bool = False
 def file_fact(path: Path, progress: Callable[[], None] = _nothing) -> FileFact:
     """Size and hash of a file as it is on disk; `progress` is called after each block of it."""
     digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-            progress()
+    size = feed(digest, path, progress)
     return FileFact(size, digest.hexdigest())
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,7 @@ from slap_ds.engine import make_engine
 from slap_ds.evaluation.answers import Answerer, batches
 from slap_ds.evaluation.metrics import Answer, group_metrics, sample_metrics
 from slap_ds.evaluation.subject import Subject
+from slap_ds.files import write_text
 from slap_ds.jsonl import read_lines
 from slap_ds.models.load import DTYPES
 from slap_ds.train.checks import check_isolation
@@ -111,11 +111,7 @@ def evaluate(subject: Subject, how: Answering) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Written aside and renamed, so that a visible file is a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8"
-    )
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def _settings(subject: Subject, template: Template, how: Answering) -> dict[str, Any]:
@@ -297,10 +293,8 @@ class _Predictions:
         return found
 
     def _rewrite(self, lines: Iterable[dict[str, Any]]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, self.path)
+        rows = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(self.path, "".join(rows))
 
 
 def _answer(

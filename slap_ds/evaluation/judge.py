@@ -7,38 +7,27 @@ A win is a pair that both orders give to us; one that each order decides differe
 (position bias: Zheng et al. 2023, "Judging LLM-as-a-Judge", section 3.4). Replies are cached by a
 hash of the request, so a second start asks only what is missing.
 
-The key goes into the Authorization header and nowhere else: redirects are not followed, and it is
-struck out of whatever the endpoint sends back.
+chat.py asks; the key is struck out of whatever the endpoint sends back.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import math
-import random
 import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from slap_ds.evaluation.chat import Endpoint, NoReply, ask, connect
 from slap_ds.jsonl import read_lines
 
 Verdict = Literal["A", "B", "C"]
 Line = Mapping[str, Any]  # of a predictions.jsonl
 
-MAX_REPLY_BYTES = 2**22
-MAX_WAIT_S = 60.0
-RETRIED = {408, 425, 429, *range(500, 600)}
-HOPELESS = {*range(300, 400), 401, 402, 403, 404, 405}
 INSTRUCTIONS = (
     "Two assistants, A and B, have answered the last message of a conversation. Judge which answer "
     "is better: correct, helpful, complete, in the language that was asked for, and not longer "
@@ -47,52 +36,6 @@ INSTRUCTIONS = (
     "you. End your reply with your verdict: [[A]] if A is better, [[B]] if B is better, [[C]] if "
     "they are equally good."
 )
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where to ask. `url` as `endpoint_url` gives it."""
-
-    url: str = field(repr=False)
-    model: str
-    key: str = field(default="", repr=False)
-    timeout_s: float = 120.0  # of one request, from first byte sent to last one read
-    tries: int = 6
-    wait_s: float = 1.0  # before the second try; doubles with each
-    workers: int = 4
-
-    @property
-    def shown(self) -> str:
-        """The address without its query, which may hold secrets."""
-        return self.url.partition("?")[0]
-
-
-class NoReply(Exception):
-    """No usable reply after all tries. `kind` says what the pair counts as."""
-
-    def __init__(self, kind: Literal["failed", "malformed"], reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
-def endpoint_url(url: str) -> str:
-    """The chat endpoint of a base address such as https://host/v1.
-
-    Raises:
-        ValueError: it is no http address, or holds a user name or password.
-    """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("--judge: expected an address such as https://host/v1")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError(
-            "--judge: the address holds a user name or password; put the key into an "
-            "environment variable (--judge-key-env)"
-        )
-    path = parts.path.rstrip("/")
-    if not path.endswith("/chat/completions"):
-        path += "/chat/completions"
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
 def judge(
@@ -159,95 +102,6 @@ def wilson(wins: int, n: int, z: float = 1.959964) -> tuple[float, float] | None
     return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
 
 
-def ask(endpoint: Endpoint, body: Mapping[str, Any]) -> str:
-    """The endpoint's reply to one request, tried again where that may help.
-
-    Raises:
-        ValueError: no request can succeed (wrong key, address or model).
-        NoReply: this one did not, after all tries.
-    """
-    failure = NoReply("failed", "no try was made")
-    for attempt in range(endpoint.tries):
-        wait = min(MAX_WAIT_S, endpoint.wait_s * 2.0**attempt) * random.uniform(0.5, 1.0)
-        try:
-            return _message(_post(endpoint, body))
-        except urllib.error.HTTPError as error:
-            with error:
-                # Struck out before it is cut, or half a key could remain.
-                told = f"HTTP {error.code}: {_clean(endpoint, _text(error))[:200]}"
-                if error.code in HOPELESS:
-                    raise ValueError(f"the judge at {endpoint.shown} refuses: {told}") from None
-                failure = NoReply("failed", told)
-                if error.code not in RETRIED:
-                    break
-                wait = max(wait, _retry_after(error))
-        except (OSError, http.client.HTTPException) as error:
-            failure = NoReply("failed", _clean(endpoint, f"{type(error).__name__}: {error}"))
-        except ValueError as error:
-            failure = NoReply("malformed", _clean(endpoint, str(error)))
-        if attempt + 1 < endpoint.tries:
-            time.sleep(wait)
-    raise failure from None
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib would send the Authorization header on to wherever it is pointed."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirects)
-
-
-def _post(endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
-    headers = {"Content-Type": "application/json", "User-Agent": "slap_ds"}
-    if endpoint.key:
-        headers["Authorization"] = f"Bearer {endpoint.key}"
-    request = urllib.request.Request(endpoint.url, json.dumps(body).encode(), headers)
-    deadline = time.monotonic() + endpoint.timeout_s
-    data = b""
-    with _OPENER.open(request, timeout=endpoint.timeout_s) as response:
-        # urllib's own time-out begins anew with every byte that drips in.
-        while chunk := response.read1(65536):
-            data += chunk
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no whole reply within {endpoint.timeout_s:g} s")
-            if len(data) > MAX_REPLY_BYTES:
-                raise ValueError(f"a reply of more than {MAX_REPLY_BYTES >> 20} MiB")
-    return data
-
-
-def _message(data: bytes) -> str:
-    """The text in a chat completion. Raises ValueError where there is none."""
-    try:
-        text = json.loads(data)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError("the reply is no chat completion") from None
-    if not isinstance(text, str):
-        raise ValueError("the reply is a chat completion without text")
-    return text.encode("utf-8", "replace").decode()  # half a surrogate pair fits into no file
-
-
-def _text(error: urllib.error.HTTPError) -> str:
-    try:
-        return " ".join(error.read(65536).decode("utf-8", "replace").split())
-    except (OSError, http.client.HTTPException):
-        return ""
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    try:
-        seconds = float(error.headers.get("Retry-After", "0"))
-    except ValueError:  # a date
-        return 0.0
-    return min(max(seconds, 0.0), MAX_WAIT_S) if math.isfinite(seconds) else 0.0
-
-
-def _clean(endpoint: Endpoint, text: str) -> str:
-    return text.replace(endpoint.key, "***") if endpoint.key else text
-
-
 def _ask_all(
     endpoint: Endpoint, bodies: Mapping[str, Mapping[str, Any]], cache: Path
 ) -> dict[str, str | NoReply]:
@@ -255,15 +109,19 @@ def _ask_all(
     lines = read_lines(cache) if cache.is_file() else []
     replies: dict[str, str | NoReply] = {line["request"]: line["reply"] for line in lines}
     missing = [key for key in bodies if key not in replies]
-    with cache.open("a", encoding="utf-8") as file, ThreadPoolExecutor(endpoint.workers) as pool:
+    with (
+        cache.open("a", encoding="utf-8") as file,
+        connect(endpoint) as client,
+        ThreadPoolExecutor(endpoint.workers) as pool,
+    ):
         if cache.stat().st_size:
             file.write("\n")  # after a line that a crash cut short; blank lines hold nothing
         try:
-            asked = {pool.submit(ask, endpoint, bodies[key]): key for key in missing}
+            asked = {pool.submit(ask, client, endpoint, bodies[key]): key for key in missing}
             for done in as_completed(asked):
                 key = asked[done]
                 try:
-                    reply = _clean(endpoint, done.result())
+                    reply = done.result()
                 except NoReply as failure:
                     replies[key] = failure
                     continue

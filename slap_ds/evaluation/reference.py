@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from slap_ds.config.schema import Config
 from slap_ds.distributed.comm import Comm
+from slap_ds.files import write_text
 from slap_ds.train.run import prepare
 from slap_ds.train.score_pass import score_pass
 
@@ -40,11 +40,9 @@ def write_losses(config: Config, out: Path, comm: Comm) -> int | None:
                 "model: its weights are broken, or model.dtype is too narrow for them"
             )
         if comm.rank == 0:
-            part = out.with_name(f".{out.name}.part")
-            with part.open("w", encoding="utf-8") as file:
-                for key, loss in zip(ids.tolist(), losses.tolist(), strict=True):
-                    file.write(json.dumps({"id": key, "loss": loss}) + "\n")
-            os.replace(part, out)
+            pairs = zip(ids.tolist(), losses.tolist(), strict=True)
+            rows = (json.dumps({"id": key, "loss": loss}) + "\n" for key, loss in pairs)
+            write_text(out, "".join(rows))
         comm.barrier(-1, "the file of losses")
         return len(losses) if comm.rank == 0 else None
     finally:

@@ -24,6 +24,7 @@ from slap_ds.checkpoint.export import export
 from slap_ds.config.file import read_config
 from slap_ds.config.schema import Config
 from slap_ds.evaluation.answers import template_of
+from slap_ds.files import feed
 from slap_ds.models.load import DTYPES, load_config
 from slap_ds.models.lora import load_adapted, merged
 
@@ -48,9 +49,7 @@ class Subject:
             weights = path.suffix in (".safetensors", ".bin")
             if weights or path.name in ("config.json", "tokenizer.json"):
                 digest.update(path.name.encode())
-                with path.open("rb") as file:
-                    while block := file.read(2**22):
-                        digest.update(block)
+                feed(digest, path)
         return digest.hexdigest()
 
 

@@ -2,6 +2,5 @@
 bits."""
 
 from slap_ds.ops.farthest_point import FarthestPoints, active_path, farthest_point
-from slap_ds.ops.nearest import nearest_squared
 
-__all__ = ["FarthestPoints", "active_path", "farthest_point", "nearest_squared"]
+__all__ = ["FarthestPoints", "active_path", "farthest_point"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slap_ds.config.file import read_yaml
+from slap_ds.files import sha256
 from slap_ds.jsonl import read_lines
 
 # What decides which tokens an evaluation loss is a mean over, beside the tokenizer.
@@ -84,7 +84,7 @@ def _content(tokenizer: str) -> str:
     """sha256 (hex) of a tokenizer's file; its name where it lies elsewhere."""
     path = Path(tokenizer)
     file = path / "tokenizer.json" if path.is_dir() else path
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else tokenizer
+    return sha256(file) if file.is_file() else tokenizer
 
 
 def _summary(run_dir: Path) -> dict[str, float]:

@@ -128,7 +128,7 @@ def _against_strata(out: Path, study: Study, groups: Groups) -> list[str]:
     for name, column in _metrics(next(iter(plain.values()))).items():
         lines: dict[str, dict[float, figures.Point]] = {}
         for (method, keep, strata, *_), rows in plain.items():
-            k = strata if strata is not None else _setting(rows[0], "selection.strata")
+            k = strata if strata is not None else _setting(rows[0], "selection.slap.strata")
             if method in varied and k is not None:
                 point = (float(k), *_interval(rows, column))
                 lines.setdefault(f"{method} keep {keep:.0%}", {})[k] = point

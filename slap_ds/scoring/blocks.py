@@ -2,7 +2,7 @@
 
     Tail(lm, n)           copies of their weights, taken where they are whole
     recorded(lm, n)       catches the input of the first of them in the scoring forward
-    score_tail(...)       their curvature (hutchinson_blocks) or gradient sketch (blocks_kron)
+    score_tail(...)       their curvature (hutchinson_blocks)
 
 Under ZeRO-3 a double backward cannot go through the engine: the weights are freed after each block,
 and the second graph still needs them. So the blocks run again as plain functions of their input,
@@ -14,7 +14,7 @@ tokens. A sample's gradient with respect to it is the sum of its tokens' gradien
 it would be the shift of the final hidden states, whose gradient is head_input and whose diagonal
 is exact_head. The residual stream keeps its coordinates through the blocks.
 
-Shape letters: T tokens, n samples of a row, E model width, m probes, D width of the sketch.
+Shape letters: T tokens, n samples of a row, E model width, m probes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slap_ds.compat import attention_of, is_deepspeed_name
 from slap_ds.scoring.head import HeadScores
-from slap_ds.scoring.probes import projection, signs
+from slap_ds.scoring.probes import signs
 from slap_ds.scoring.request import Wants
 from slap_ds.scoring.softmax import Head
 from slap_ds.scoring.token_loss import HeadGradient
@@ -74,14 +74,6 @@ class Tail:
         hidden: Tensor = torch.func.functional_call(norm, weights, (x,))
         return hidden[0]
 
-    @property
-    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
-        """Every linear layer of the blocks, by a name of its own."""
-        for i, (layer, _) in enumerate(self.steps):
-            for name, module in layer.named_modules():
-                if isinstance(module, nn.Linear):
-                    yield f"{i}.{name}", module
-
 
 class Recorded:
     """The input of the first of the last n blocks, as the model gave it."""
@@ -118,7 +110,7 @@ def tail_layers(lm: Any, blocks: int) -> list[tuple[int, nn.Module]]:
     if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):
         raise ValueError(
             f"{type(lm).__name__} has no `layers` followed by `norm`: scoring its last blocks "
-            "(hutchinson_blocks, blocks_kron) is not possible; use exact_head and head_input"
+            "(hutchinson_blocks) is not possible; use exact_head and head_input"
         )
     if blocks > len(layers):
         raise ValueError(f"scoring.blocks is {blocks}, the model has {len(layers)} blocks")
@@ -149,22 +141,16 @@ def score_tail(
     chunk_tokens: int,
     scale: float,
 ) -> HeadScores:
-    """`scores` with the part of `wants` that needs the blocks filled in."""
-    if wants.diagonal == "hutchinson_blocks":
-        dtype = torch.promote_types(record.hidden.dtype, torch.float32)
-        x = record.hidden.detach().to(dtype).requires_grad_()
-        arguments = _to(record.arguments, dtype)
-        with torch.enable_grad():
-            hidden = tail(x, arguments)
-            upstream = scale * HeadGradient.apply(  # type: ignore[no-untyped-call]
-                scale * hidden, head, targets, chunk_tokens
-            )
-            (gradient,) = torch.autograd.grad(hidden, x, upstream, create_graph=True)
-        return _diagonal(gradient, x, sample, scores, wants)
-    if wants.sketch == "blocks_kron":
-        sums = _kron(tail, record, head, targets, sample, scores, wants, chunk_tokens, scale)
-        return scores._replace(gradient=sums)
-    return scores
+    """`scores` with the blocks' diagonal filled in."""
+    dtype = torch.promote_types(record.hidden.dtype, torch.float32)
+    x = record.hidden.detach().to(dtype).requires_grad_()
+    with torch.enable_grad():
+        hidden = tail(x, _to(record.arguments, dtype))
+        upstream = scale * HeadGradient.apply(  # type: ignore[no-untyped-call]
+            scale * hidden, head, targets, chunk_tokens
+        )
+        (gradient,) = torch.autograd.grad(hidden, x, upstream, create_graph=True)
+    return _diagonal(gradient, x, sample, scores, wants)
 
 
 def _diagonal(
@@ -187,57 +173,6 @@ def _diagonal(
     return scores._replace(
         diagonal=sums[good].sum(0) / wants.probes, diagonal_tokens=scores.tokens[good].sum()
     )
-
-
-def _kron(
-    tail: Tail,
-    record: Recorded,
-    head: Head,
-    targets: Tensor,
-    sample: Tensor,
-    scores: HeadScores,
-    wants: Wants,
-    chunk_tokens: int,
-    scale: float,
-) -> Tensor:
-    """blocks_kron: sum_t (P delta_t) (Q x_t)^T of every linear layer side by side: (n, l a b).
-
-    x_t is the layer's input and delta_t the gradient of its output, so that the sum without P and Q
-    is the gradient of the layer's weight, a sample at a time; K-FAC's factors (Martens and Grosse
-    2015, section 2), each projected by random signs of its own. l linear layers.
-    """
-    dtype = torch.promote_types(record.hidden.dtype, torch.float32)
-    x = record.hidden.detach().to(dtype).requires_grad_()
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            inputs[name], outputs[name] = args[0].detach(), out
-
-        return hook
-
-    handles = [layer.register_forward_hook(keep(name)) for name, layer in tail.linears]
-    try:
-        with torch.enable_grad():
-            hidden = tail(x, _to(record.arguments, dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
-    upstream = scale * HeadGradient.apply(  # type: ignore[no-untyped-call]
-        scale * hidden.detach(), head, targets, chunk_tokens
-    )
-    deltas = torch.autograd.grad(hidden, list(outputs.values()), upstream)
-    (a, b), n = wants.size, len(scores.loss)
-    sketches = []
-    for name, delta in zip(outputs, deltas, strict=True):
-        p = projection(wants.seed, f"{name} P", a, delta.shape[-1]).to(delta)
-        q = projection(wants.seed, f"{name} Q", b, inputs[name].shape[-1]).to(delta)
-        left, right = delta[0] @ p.t(), inputs[name][0] @ q.t()
-        outer = (left[:, :, None] * right[:, None, :]).flatten(1)
-        sketch = torch.zeros(n, a * b, dtype=dtype, device=x.device)
-        sketches.append(sketch.index_put_((sample,), outer, accumulate=True) if n else sketch)
-    return torch.cat(sketches, 1)
 
 
 def layer_config(lm: Any) -> Any:

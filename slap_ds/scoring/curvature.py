@@ -65,15 +65,11 @@ class Curvature:
         return gradient if scale is None else gradient * scale.to(gradient)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "updates": self.updates,
-            "average": None if self.average is None else self.average.tolist(),
-        }
+        return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates = int(state["updates"])
-        average = state["average"]
-        self.average = None if average is None else torch.tensor(average, dtype=torch.float64)
+        self.average = state["average"]
 
 
 def _block_means(value: Tensor, block: int) -> Tensor:

@@ -207,6 +207,8 @@ def head_cost(
         flops += 2.0 * a * (tokens * width if has_delta else vocab * (tokens + width))
     elif wants.sketch == "hvp":
         flops += wants.probes * (summed + 2.0 * vocab * (tokens + width))
+    if wants.sketch_dim is not None:
+        flops += 2.0 * samples * width * wants.sketch_dim
     if "nuclear" in wants.extras:  # as if all samples were of one length
         flops += product + 2.0 * vocab * tokens**2 / max(1, samples)
     return flops

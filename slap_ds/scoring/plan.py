@@ -32,6 +32,15 @@ class ScoringPlan:
         return "sketch" in self.needs
 
     @property
+    def projects(self) -> bool:
+        """Whether each rank projects its sketches before they are gathered.
+
+        What is projected cannot be divided by this step's curvature any more, which is known only
+        after all ranks' tokens: the average over the steps before stands in for it.
+        """
+        return self.config.sketch == "head_kron" or self.config.sketch_dim is not None
+
+    @property
     def extras(self) -> tuple[Extra, ...]:
         """The further signals, in the order of their columns."""
         every: tuple[Extra, ...] = ("el2n", "nuclear", "hidden")
@@ -50,21 +59,19 @@ class ScoringPlan:
         if not self.sketches:
             return Wants(extras=self.extras)
         source = None if c.curvature == "none" else c.curvature
-        uses_blocks = source == "hutchinson_blocks" or c.sketch == "blocks_kron"
         scale: Tensor | None = None
-        if c.sketch == "head_kron" and curvature is not None:
-            # What is projected cannot be divided by this step's curvature any more, which is known
-            # only after all ranks' tokens: the average over the steps before stands in for it.
+        if self.projects and curvature is not None:
             scale = curvature.scale()
         return Wants(
             sketch=c.sketch,
             diagonal=source,
             probes=c.probes,
             size=c.sketch_size,
-            blocks=c.blocks if uses_blocks else 0,
+            blocks=c.blocks if source == "hutchinson_blocks" else 0,
             token_share=c.curvature_tokens if source == "exact_head" else 1.0,
             seed=self.seed,
             step=step,
+            sketch_dim=c.sketch_dim,
             scale=None if scale is None else scale.float(),
             bfloat16=c.sketch_dtype == "bfloat16",
             extras=self.extras,
@@ -87,7 +94,4 @@ def block_passes(wants: Wants, layers: int) -> float:
     The last blocks' forward is run again; their backward to hidden states alone costs as much. Of a
     Hessian-vector product each of the two is differentiated once more.
     """
-    share = wants.blocks / layers
-    if wants.diagonal == "hutchinson_blocks":
-        return share * (2 + 4 * wants.probes)
-    return 2 * share if wants.sketch == "blocks_kron" else 0.0
+    return wants.blocks / layers * (2 + 4 * wants.probes)

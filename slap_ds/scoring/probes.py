@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -28,6 +29,12 @@ def projection(seed: int, name: str, size: int, width: int) -> Tensor:
     serve as well as Gaussians: Achlioptas 2003.
     """
     return signs(seed, 0, name, size, width) / math.sqrt(size)
+
+
+@lru_cache(maxsize=1)
+def fixed_projection(seed: int, size: int, width: int) -> Tensor:
+    """The run's one `projection` of whole sketches, kept because every step needs it."""
+    return projection(seed, "sketch", size, width)
 
 
 def token_subset(seed: int, step: int, position: Tensor, offset: Tensor, share: float) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from slap_ds.scoring.curvature import Curvature
 from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.plan import ScoringPlan
+from slap_ds.scoring.probes import fixed_projection
 from slap_ds.scoring.request import Wants
 from slap_ds.selection import ScoredBatch, Signal
 
@@ -45,6 +46,8 @@ def collect(positions: Sequence[Tensor], parts: Sequence[HeadScores], wants: Wan
     counts = [part.diagonal_tokens for part in parts if part.diagonal_tokens is not None]
     extras = [part.extras for part in parts if part.extras is not None]
     gradient = torch.cat(gradients) if gradients else None
+    if gradient is not None and wants.sketch_dim is not None:
+        gradient = project(gradient, wants)
     if gradient is not None and wants.bfloat16:
         gradient = gradient.bfloat16()
     return Scores(
@@ -56,6 +59,18 @@ def collect(positions: Sequence[Tensor], parts: Sequence[HeadScores], wants: Wan
         diagonal_tokens=int(torch.stack(counts).sum()) if counts else 0,
         extras=torch.cat(extras) if extras else None,
     )
+
+
+def project(gradient: Tensor, wants: Wants) -> Tensor:
+    """(n, E) -> (n, D): scaled, then projected by signs that all steps and ranks share.
+
+    Inner products are kept: E <Px, Py> = <x, y>, Var <Px, Py> <= 2 / D |x|^2 |y|^2.
+    """
+    assert wants.sketch_dim is not None
+    p = fixed_projection(wants.seed, wants.sketch_dim, gradient.shape[1]).to(gradient)
+    if wants.scale is not None:
+        gradient = gradient * wants.scale.to(gradient)
+    return gradient @ p.t()
 
 
 class Scorer:
@@ -124,7 +139,7 @@ class Scorer:
         if scores.gradient is None:
             return None
         sketch = scores.gradient.float() / scores.tokens[:, None]
-        if self.curvature is not None and self.plan.config.sketch in ("head_input", "hvp"):
+        if self.curvature is not None and not self.plan.projects:
             sketch = self.curvature.precondition(sketch)
         if self.plan.config.sketch_norm == "unit":
             norm = torch.linalg.vector_norm(sketch, dim=1, keepdim=True)

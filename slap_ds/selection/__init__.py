@@ -39,14 +39,7 @@ SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
     "selective_backprop": lambda options: SelectiveBackprop(
         options["keep"], **options["selective_backprop"]
     ),
-    "slap": lambda options: Slap(
-        strata=options["strata"],
-        strata_by=options["strata_by"],
-        budgets=options["budgets"],
-        temperature=options["temperature"],
-        across_strata=options["across_strata"],
-        reweight=options["reweight"],
-    ),
+    "slap": lambda options: Slap(**options["slap"]),
     "uds": lambda options: Uds(**options["uds"]),
 }
 

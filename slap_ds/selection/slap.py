@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Generator
 
-from slap_ds.ops import FarthestPoints, farthest_point
+from slap_ds.ops import farthest_point
 from slap_ds.selection.base import ScoredBatch, Selection, Signal, Stateless
 from slap_ds.selection.strata import assign_strata, expected_budgets, sampled_budgets
 
@@ -31,7 +30,7 @@ class Slap(Stateless):
     temperature: float = 1.0
     across_strata: bool = True
     reweight: Literal["none", "inverse"] = "none"
-    farthest: Callable[..., FarthestPoints] = farthest_point  # or the sharded one of the same picks
+    preset: Literal["measured", "paper"] = "measured"  # of the sketches, which the scorer makes
     takes_quotas = True
     needs: frozenset[Signal] = frozenset({"loss", "sketch"})
 
@@ -47,7 +46,7 @@ class Slap(Stateless):
         if batch.groups is not None and batch.quotas is not None:
             members = members[batch.quotas[batch.groups[members]] > 0]
         first = int(members[torch.randint(len(members), (1,), generator=generator)])
-        points = self.farthest(
+        points = farthest_point(
             batch.sketch,
             share,
             strata,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from slap_ds.data.formats import Conversation, Message, Reject, read_sources
 from slap_ds.data.sources import find_sources, source_facts
+from slap_ds.files import write_text
 from slap_ds.study.plan import PLAIN, Study, Variant, data_file
 
 Rows = list[Conversation]
@@ -62,9 +62,7 @@ def write_data(study: Study, folder: Path) -> dict[str, Any]:
         "rejected": rejected + rejected_eval,
         "rows": {name: _count(rows) for name, rows in files.items()},
     }
-    temporary = note.with_suffix(".tmp")
-    temporary.write_text(json.dumps(made, indent=1, ensure_ascii=False), "utf-8")
-    os.replace(temporary, note)
+    write_text(note, json.dumps(made, indent=1, ensure_ascii=False))
     return made
 
 

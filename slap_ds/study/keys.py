@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from slap_ds.config.schema import Config
-from slap_ds.data.sources import file_sha256, find_sources, source_facts
+from slap_ds.data.sources import find_sources, source_facts
+from slap_ds.files import sha256
 
 # Above it a file counts by size and time: hashing a large model would take minutes at every start.
 LARGE_BYTES = 2**26
@@ -65,4 +66,4 @@ def path_facts(path: str | None) -> Any:
 
 def _mark(path: Path) -> Any:
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns] if stat.st_size > LARGE_BYTES else file_sha256(path)
+    return [stat.st_size, stat.st_mtime_ns] if stat.st_size > LARGE_BYTES else sha256(path)

@@ -260,7 +260,7 @@ def cell_config(study: Study, cell: Cell, folder: Path) -> Config:
     changes["seed"] = cell.seed
     changes["selection.keep"] = cell.keep
     if cell.strata is not None:
-        changes["selection.strata"] = cell.strata
+        changes["selection.slap.strata"] = cell.strata
     if cell.steps is not None:
         changes["steps"], changes["epochs"] = cell.steps, None
     if study.data is not None:

@@ -22,6 +22,7 @@ from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import start_ranks, stop_ranks
 from slap_ds.evaluation.reference import write_losses
+from slap_ds.files import write_text
 from slap_ds.train.inputs import make_parts
 from slap_ds.train.loop import train
 from slap_ds.train.record import train_step
@@ -126,9 +127,7 @@ def time_steps(task: TimeTask) -> dict[str, float]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
 
 from slap_ds.config.deepspeed import resolve_deepspeed
@@ -84,7 +85,8 @@ def check_boundaries(run: Run) -> None:
     if on_host and not on_cpu:
         need = host_boundary_bytes(local, run.config.score_row_tokens, layers, width, value)
     if on_host:
-        free = _free_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", run.comm.world))
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", run.comm.world))
+        free = psutil.virtual_memory().available / sharing
     else:
         free = float(torch.cuda.mem_get_info(run.engine.device)[0])
     if need > free:
@@ -93,12 +95,6 @@ def check_boundaries(run: Run) -> None:
             f"{free / 2**30:.1f} GiB are free for them on the {'host' if on_host else 'device'}: "
             "lower batch.candidates, use step.boundaries: host, or step.forward: separate"
         )
-
-
-def _free_host_bytes() -> float:
-    with open("/proc/meminfo", encoding="ascii") as file:
-        sizes = dict(line.split(":") for line in file)
-    return float(sizes["MemAvailable"].split()[0]) * 1024
 
 
 def dry_run(config: Config) -> dict[str, Any]:

@@ -47,6 +47,12 @@ def read_inputs(
     model_config = load_config(config.model.path, config.model.config)
     check_fit(model_config, tokenizer, config.data.max_tokens)
     check_window(model_config, config.model.attention, config.data.max_tokens)
+    width, dim = model_config.get_text_config().hidden_size, config.scoring.sketch_dim
+    if dim is not None and dim >= width:
+        raise ValueError(
+            f"scoring.sketch_dim is {dim}, not below the model's width {width}, so a projection "
+            "would only lose something: set scoring.sketch_dim null"
+        )
     template = make_template(config.data.template, tokenizer)
     run_dir = Path(config.run_dir)
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import threading
@@ -17,6 +18,7 @@ from slap_ds import jsonl
 from slap_ds.checkpoint import find as checkpoint
 from slap_ds.checkpoint.find import CheckpointDamaged, newest
 from slap_ds.checkpoint.save import Saver
+from slap_ds.checkpoint.state import packed, unpacked
 from slap_ds.config.schema import Config
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine.tensor_files import TensorWriter, file_fact, read_tensors, write_tensors
@@ -59,7 +61,8 @@ def test_the_manifest_tells_size_and_hash_of_every_file(tmp_path):
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000003"
     found = newest(tmp_path, Comm())
     files = {p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*") if p.is_file()}
-    assert files == {"engine/one.pt", "engine/two.pt", "state.json", "manifest.json"}
+    state = {"state.json", "state.safetensors"}
+    assert files == {"engine/one.pt", "engine/two.pt", *state, "manifest.json"}
     assert set(found.files) == files - {"manifest.json"}
     assert all(file_fact(found.folder / name) == fact for name, fact in found.files.items())
     assert found.manifest["world_size"] == 1
@@ -88,6 +91,7 @@ DAMAGE = {
         "manifest.json",
         "belongs to step 1",
     ),
+    "other tensors": (lambda f: _flip(f / "state.safetensors"), "state.safetensors", "SHA-256"),
     "other state": (lambda f: (f / "state.json").write_text("{}"), "state.json", "bytes"),
     "swapped shards": (
         lambda f: (
@@ -257,18 +261,20 @@ def test_in_the_background_the_state_is_that_of_the_moment(tmp_path):
             writer._write = lambda *job: (gate.wait(20), write(*job))
             super().save(folder, writer)
 
-    engine, state = Slow(7.0), {"cursor": 1}
+    engine, state = Slow(7.0), {"cursor": 1, "selector": {"seen": torch.ones(3)}}
     saver = Saver(tmp_path, Comm(), background=True)
     saver.save(1, engine, state, {})
     saver.poll()
     assert newest(tmp_path, Comm()) is None, "visible before it was written"
     engine.value.fill_(-1)
     state["cursor"] = 99
+    state["selector"]["seen"].fill_(-1)
     gate.set()
     saver.wait()
     found = newest(tmp_path, Comm())
     assert read_tensors(found.folder / "engine" / "one.pt")["value"].eq(7).all()
-    assert json.loads((found.folder / "state.json").read_text()) == {"cursor": 1}
+    assert json.loads((found.folder / "state.json").read_text()) == {"cursor": 1, "selector": {}}
+    assert unpacked(found.folder)["selector"]["seen"].tolist() == [1, 1, 1]
     assert [record["checkpoint_background"] for record in saver.records] == [True]
 
 
@@ -387,6 +393,39 @@ def test_a_run_goes_back_past_a_damaged_checkpoint_and_ends_the_same(model, tmp_
     capsys.readouterr()
     assert losses(run_config(again)) == whole
     assert "step-000006/torch.pt is refused: its SHA-256" in capsys.readouterr().err
+
+
+def test_a_run_saved_before_tensors_had_a_file_is_refused_in_one_line(model, tmp_path):
+    again = config(model, tmp_path / "run")
+    run_config(again)
+    (found,) = checkpoint.find(tmp_path / "run")
+    (found.folder / "state.safetensors").unlink()
+    manifest = {**found.manifest, "version": "0.1.0"}
+    del manifest["files"]["state.safetensors"]
+    (found.folder / "manifest.json").write_text(jsonl.dumps(checkpoint.sealed(manifest)))
+    with pytest.raises(ValueError, match=r"saved by slap_ds 0\.1\.0; .* from 0\.2\.0 on") as told:
+        run_config(again)
+    assert "\n" not in str(told.value)
+
+
+def test_tensors_of_the_state_are_exact_to_the_bit(tmp_path):
+    x = torch.tensor([[1e-45, -0.0, math.inf], [math.nan, 1 / 3, 3e38]])
+    state = {
+        "a": {"b": {"x": x, "n": 1}, "none": None},
+        "empty": torch.zeros(0, 7),
+        "turned": torch.arange(6.0, dtype=torch.float64).reshape(2, 3).t(),
+    }
+    for name, data in packed(state).items():
+        (tmp_path / name).write_bytes(data)
+    found = unpacked(tmp_path)
+    assert torch.equal(found["a"]["b"].pop("x").view(torch.int32), x.view(torch.int32))
+    assert found["a"] == {"b": {"n": 1}, "none": None}
+    assert found["empty"].shape == (0, 7)
+    assert torch.equal(found["turned"], state["turned"])
+    assert found["turned"].dtype == torch.float64
+    (tmp_path / "state.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ValueError, match=r"state\.safetensors is refused, it is damaged"):
+        unpacked(tmp_path)
 
 
 def test_errno_is_what_the_system_said(tmp_path):

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 
@@ -119,7 +121,7 @@ def test_reuse_where_it_cannot_be(capsys, write, tmp_path, monkeypatch):
     changes = {"model__path": noisy, "model__gradient_checkpointing": True}
     text = fails(capsys, "train", write(step__forward="reuse", **changes))
     assert "attention_dropout = 0.1" in text
-    monkeypatch.setattr("slap_ds.train.checks._free_host_bytes", lambda: 1000.0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     text = fails(capsys, "train", write(model__gradient_checkpointing=True))
     assert "GiB are free for them on the host" in text
     text = fails(capsys, "train", write(step__forward="reuse", step__balance="deal"))
@@ -233,6 +235,12 @@ def test_dry_run_trains_nothing(capsys, write, tmp_path):
     main(["train", write(), "--dry-run"])
     assert "candidates per step  16" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_projection_that_narrows_nothing_is_refused(capsys, write):
+    with pytest.raises(SystemExit):
+        main(["train", write(), "--dry-run", "--scoring.sketch_dim", "512"])
+    assert "scoring.sketch_dim is 512, not below the model's width" in capsys.readouterr().err
 
 
 def test_settings_and_help_list_everything(capsys):

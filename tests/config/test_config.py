@@ -27,7 +27,7 @@ run_dir: x
 steps: 0
 model: {path: m, dtyp: float32}
 data: {train: [], max_tokens: 64}
-selection: {keep: 1.5, strata_by: thirds}
+selection: {keep: 1.5, slap: {strata_by: thirds}}
 optimiser: {lr: 2e-5}
 """,
     )
@@ -39,10 +39,21 @@ optimiser: {lr: 2e-5}
         "model.dtyp: unknown key; did you mean 'dtype'?",
         "data.train: ",
         "selection.keep: ",
-        "selection.strata_by: ",
+        "selection.slap.strata_by: ",
         "optimiser: unknown key; did you mean 'optimizer'?",
     ):
         assert part in text
+
+
+def test_a_key_that_lies_further_down_is_named():
+    for key, told in {
+        "temperature": "did you mean selection.slap.temperature?",
+        "strata": "did you mean selection.slap.strata or selection.ccs.strata?",
+        "where": "known here: method, keep, ",
+    }.items():
+        with pytest.raises(ValueError, match=rf"selection\.{key}: unknown key; ") as caught:
+            read_config(DEMO, [f"--selection.{key}", "2"])
+        assert told in str(caught.value)
 
 
 def test_overrides_are_dotted_and_typed():
@@ -126,9 +137,9 @@ def test_slap_alone_takes_unit_sketches_unless_told_otherwise():
         return read_config(DEMO, overrides).resolved_scoring.sketch_norm
 
     assert norm() == "unit"
-    assert norm("--selection.preset", "paper") == "none"
+    assert norm("--selection.slap.preset", "paper") == "none"
     assert norm("--selection.method", "grand") == "none"
-    assert norm("--selection.preset", "paper", "--scoring.sketch_norm", "unit") == "unit"
+    assert norm("--selection.slap.preset", "paper", "--scoring.sketch_norm", "unit") == "unit"
 
 
 ZERO = {"zero_optimization": {"stage": 3}}

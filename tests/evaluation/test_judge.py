@@ -2,14 +2,19 @@
 
 import json
 import logging
+import sys
 import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
-from slap_ds.evaluation.judge import Endpoint, NoReply, ask, endpoint_url, judge, verdict, wilson
+from slap_ds.cli.evaluation import _endpoint
+from slap_ds.evaluation import chat
+from slap_ds.evaluation.chat import Endpoint, NoReply, endpoint_url
+from slap_ds.evaluation.judge import judge, verdict, wilson
 
 KEY = "sk-canary-5f1c"
 
@@ -29,7 +34,7 @@ def server(reply):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
-                seen.append((dict(self.headers), body))
+                seen.append(({k.lower(): v for k, v in self.headers.items()}, body))
                 count = len(seen)
             reply(self, body, count)
 
@@ -57,8 +62,13 @@ def server(reply):
 
 
 def endpoint(url, **changes):
-    settings = {"key": KEY, "timeout_s": 1.0, "tries": 4, "wait_s": 0.001, "workers": 2}
+    settings = {"key": KEY, "timeout_s": 1.0, "tries": 4, "workers": 2}
     return Endpoint(endpoint_url(url), "a-judge", **{**settings, **changes})
+
+
+def ask(where, body):
+    with chat.connect(where) as client:
+        return chat.ask(client, where, body)
 
 
 def line(number, prediction, task="qa"):
@@ -177,7 +187,7 @@ def status(code, times, **headers):
 
     def reply(handler, body, count):
         if count <= times:
-            handler.send(code, b'{"error": "wait"}', **headers)
+            handler.send(code, b'{"error": "wait"}', **{"Retry_After_Ms": "1", **headers})
         else:
             handler.send(200, completion("[[A]]"))
 
@@ -193,7 +203,7 @@ def test_trying_again_helps(code):
 
 def test_retry_after_is_waited_for():
     started = time.monotonic()
-    with server(status(429, 1, Retry_After="0.4")) as (url, _):
+    with server(status(429, 1, Retry_After_Ms="400")) as (url, _):
         assert ask(endpoint(url), {}) == "[[A]]"
     assert time.monotonic() - started >= 0.4
     with server(status(429, 1, Retry_After="Wed, 21 Oct 2026 07:28:00 GMT")) as (url, _):
@@ -260,6 +270,21 @@ def test_a_bad_request_is_not_repeated():
         assert len(seen) == 1
 
 
+def test_a_reply_without_end_is_cut_off():
+    with (
+        server(raw(b" " * (chat.MAX_REPLY_BYTES + 1))) as (url, _),
+        pytest.raises(NoReply, match="more than 4 MiB"),
+    ):
+        ask(endpoint(url, tries=1, timeout_s=20.0), {})
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "slap_ds.evaluation.chat")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match=r"pip install 'slap_ds\[judge\]'"):
+        _endpoint(SimpleNamespace(judge="https://h/v1"))
+
+
 def test_no_server_at_all():
     with server(prefers(longer)) as (url, _):
         pass
@@ -295,7 +320,7 @@ def test_the_key_is_sent_and_never_kept(tmp_path, capsys, caplog):
     with server(echo) as (url, seen):
         where = endpoint(url + "?secret=in-the-query", workers=1)
         found = judge(ours, theirs, where, tmp_path)
-        assert all(headers["Authorization"] == f"Bearer {KEY}" for headers, _ in seen)
+        assert all(headers["authorization"] == f"Bearer {KEY}" for headers, _ in seen)
     assert found["failed"] == 1
     assert any("***" in reason for reason in found["reasons"])
     with (
@@ -318,13 +343,17 @@ def test_the_key_is_sent_and_never_kept(tmp_path, capsys, caplog):
         assert "in-the-query" not in text
 
 
-def test_without_a_key_none_is_sent():
+def test_without_a_key_none_is_sent(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, KEY)
     with server(prefers(longer)) as (url, seen):
         body = {
             "messages": [{}, {"content": "<answer A>\nx\n</answer A><answer B>\ny\n</answer B>"}]
         }
         ask(endpoint(url, key=""), body)
-        assert "Authorization" not in seen[0][0]
+        assert "content-type" in seen[0][0]
+        assert KEY not in str(seen[0][0])
+        assert "authorization" not in seen[0][0]
 
 
 def test_addresses():

@@ -124,7 +124,7 @@ _words = (
     "run_dir steps epochs seed model path config data train eval max_tokens batch candidates "
     "selection method keep checkpoint every async engine kind messages role content prompt "
     "completion conversations from value instruction output history step files bytes sha256 "
-    "world_size state.json"
+    "world_size state.json state.safetensors"
 )
 _keys = st.sampled_from(_words.split()) | st.text(max_size=6)
 _trees = st.recursive(

@@ -233,16 +233,12 @@ def make_batch(n, seed):
     return batch, tokens
 
 
-OPTIONS = {"strata": 4, "strata_by": "quantile", "budgets": "sampled"}
-OPTIONS |= {"temperature": 1.0, "across_strata": True, "reweight": "none"}
-
-
 @pytest.mark.parametrize("method", ["slap", "hard"])
 @pytest.mark.parametrize("holders", [1, 2, 8])
 def test_quotas_level_the_holders(method, holders):
     from slap_ds.data.packing import deal
 
-    selector = make_selector({**OPTIONS, "method": method})
+    selector = make_selector({"method": method, "slap": {}})
     for seed in range(5):
         n = 64 * holders
         batch, tokens = make_batch(n, seed)
@@ -264,7 +260,7 @@ def test_quotas_level_the_holders(method, holders):
 
 
 def test_quotas_never_lose_a_pick_when_candidates_are_scarce():
-    selector = make_selector({**OPTIONS, "method": "slap"})
+    selector = make_selector({"method": "slap", "slap": {}})
     batch, _ = make_batch(10, 0)
     tokens = torch.tensor([1000] + [1] * 9)  # one holder cannot come down to its share
     holder = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1])

@@ -30,8 +30,8 @@ def test_deepspeed_through_pdsh(lab, four_ranks):
     assert lab.result("four-pdsh") == four_ranks
 
 
-def test_torchrun_on_every_node_and_sharded_selection(lab, four_ranks):
-    path = config(lab, "four-torchrun", selection={"where": "sharded"})
+def test_torchrun_on_every_node(lab, four_ranks):
+    path = config(lab, "four-torchrun")
     jobs = lab.start_torchrun(path, "four-torchrun", nodes=4)
     assert lab.wait(jobs, WAIT_S) == [0] * 4, lab.logs()
     assert lab.result("four-torchrun") == four_ranks

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from slap_ds.scoring import Head, Wants, score_head
+from slap_ds.scoring import Head, HeadScores, Wants, collect, score_head
 from slap_ds.scoring.probes import projection
-from tests.scoring.test_hutchinson import row_of_samples, sample_loss, samples_of, score, tiny
 
 SEEDS = 300
 
@@ -16,15 +15,15 @@ def bound(a, b):
     return ((1 + 2 / a) * (1 + 2 / b) - 1) ** 0.5
 
 
-def check_inner_products(sketches, grams, a, b):
+def check_inner_products(sketches, grams, deviation):
     """sketches: (seeds, n, D). grams: (n, n) exact inner products."""
     found = sketches @ sketches.transpose(1, 2)
     length = grams.diagonal().sqrt()
     error = (found - grams) / (length[:, None] * length)
     # Unbiased: the mean over seeds is within four of its standard errors of nothing.
-    assert error.mean(0).abs().max() <= 4 * bound(a, b) / SEEDS**0.5
+    assert error.mean(0).abs().max() <= 4 * deviation / SEEDS**0.5
     # A sample deviation over 300 seeds may exceed the true one by a little.
-    assert error.square().mean(0).sqrt().max() <= 1.15 * bound(a, b)
+    assert error.square().mean(0).sqrt().max() <= 1.15 * deviation
     return error
 
 
@@ -57,31 +56,33 @@ def test_head_kron_keeps_inner_products(a, b):
             for seed in range(SEEDS)
         ]
     )
-    error = check_inner_products(sketches, exact @ exact.t(), a, b)
+    error = check_inner_products(sketches, exact @ exact.t(), bound(a, b))
     # Chebyshev's side of the lemma: distances beyond five bounds are rarer than one in 25.
     assert (error.abs() > 5 * bound(a, b)).double().mean() < 1 / 25
 
 
-def test_blocks_kron_keeps_inner_products():
-    a = b = 6
-    lm, row = tiny("llama"), row_of_samples()
-    found = [
-        score(lm, Wants("blocks_kron", size=(a, b), blocks=1, seed=seed), row).gradient
-        for seed in range(SEEDS)
-    ]
-    lm.set_attn_implementation("eager")
-    exact = []
-    for sample in samples_of(row):
-        lm.zero_grad()
-        sample_loss(lm, *sample).backward()
-        linears = [m for m in lm.base_model.layers[-1].modules() if isinstance(m, torch.nn.Linear)]
-        exact.append(torch.cat([m.weight.grad.flatten() for m in linears]))
-    exact = torch.stack(exact).double()
-    trained = exact.norm(dim=1) > 0
-    sketches = torch.stack(found).double()
-    assert sketches[:, ~trained].abs().max() == 0
-    exact, sketches = exact[trained], sketches[:, trained]
-    check_inner_products(sketches, exact @ exact.t(), a, b)
+@pytest.mark.parametrize("dim", [4, 32, 200])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_projected_sketches_keep_inner_products(dim, scaled):
+    """Of what is scaled first: the projection must come after the curvature's division."""
+    g = torch.Generator().manual_seed(0)
+    gradient = torch.randn(6, 256, generator=g) + torch.randn(256, generator=g)
+    scale = 10 * torch.rand(256, generator=g) if scaled else torch.ones(256)
+    tokens = torch.ones(6, dtype=torch.int64)
+    sketches = []
+    for seed in range(SEEDS):
+        wants = Wants("head_input", sketch_dim=dim, seed=seed, scale=scale if scaled else None)
+        halves = [
+            HeadScores(torch.zeros(3), tokens[:3], gradient[part])
+            for part in (slice(0, 3), slice(3, 6))
+        ]
+        scores = collect(torch.arange(6).split(3), halves, wants)
+        assert scores.gradient.shape == (6, dim)
+        sketches.append(scores.gradient.double())
+    exact = (gradient * scale).double()
+    error = check_inner_products(torch.stack(sketches), exact @ exact.t(), (2 / dim) ** 0.5)
+    # Not far below the bound either: it is what D numbers can keep.
+    assert error.square().mean(0).sqrt().max() >= 0.5 * (2 / dim) ** 0.5
 
 
 @pytest.mark.parametrize("size", [1, 8, 33])

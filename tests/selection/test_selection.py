@@ -9,16 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slap_ds.selection import ScoredBatch, make_selector, select
+from slap_ds.selection.slap import Slap
 from slap_ds.selection.strata import assign_strata, expected_budgets, sampled_budgets
 
-OPTIONS = {
-    "strata": 4,
-    "strata_by": "quantile",
-    "budgets": "sampled",
-    "temperature": 1.0,
-    "across_strata": True,
-    "reweight": "none",
-}
 losses = st.lists(st.floats(0, 12, width=32), min_size=1, max_size=40).map(torch.tensor)
 
 
@@ -93,7 +86,7 @@ def test_expected_budgets_by_hand():
 @pytest.mark.parametrize("by", ["quantile", "width"])
 @pytest.mark.parametrize("budgets", ["sampled", "expected"])
 def test_slap_is_deterministic_and_exact(by, budgets):
-    options = {**OPTIONS, "method": "slap", "strata_by": by, "budgets": budgets}
+    options = {"method": "slap", "slap": {"strata_by": by, "budgets": budgets}}
     batch = make_batch()
     first = select(make_selector(options), batch, 24, generator(7))
     again = select(make_selector(options), batch, 24, generator(7))
@@ -106,7 +99,7 @@ def test_slap_equals_brute_force():
     """SLAP written out in plain Python over the same draws."""
     for seed in range(20):
         batch = make_batch(30, 5, seed)
-        selector = make_selector({**OPTIONS, "method": "slap", "budgets": "expected"})
+        selector = make_selector({"method": "slap", "slap": {"budgets": "expected"}})
         found = selector.select(batch, 17, generator(seed)).picks.tolist()
         order = sorted(range(30), key=lambda i: (float(batch.loss[i]), i))
         strata = [[i for rank, i in enumerate(order) if rank * 4 // 30 == k] for k in range(4)]
@@ -133,12 +126,12 @@ def test_slap_equals_brute_force():
 
 def test_hard_takes_the_largest_losses():
     batch = ScoredBatch(torch.tensor([1.0, 5, 3, 5, 2]))
-    selector = make_selector({**OPTIONS, "method": "hard"})
+    selector = make_selector({"method": "hard"})
     assert selector.select(batch, 3, generator()).picks.tolist() == [1, 3, 2]
 
 
 def test_random_is_uniform():
-    selector = make_selector({**OPTIONS, "method": "random"})
+    selector = make_selector({"method": "random"})
     counts = torch.zeros(10)
     g = generator(1)
     for _ in range(2000):
@@ -152,12 +145,12 @@ def test_broken_candidates_are_never_picked():
     batch.loss[3] = float("inf")
     batch.sketch[4, 0] = float("nan")
     for method in ("slap", "hard", "random"):
-        chosen = select(make_selector({**OPTIONS, "method": method}), batch, 9, generator())
+        chosen = select(make_selector({"method": method, "slap": {}}), batch, 9, generator())
         assert sorted(chosen.picks.tolist()) == [0, 1, 5, 6, 7, 8, 9]
         assert chosen.stats["nonfinite"] == 3
     with pytest.raises(ValueError, match="all 3 candidates"):
         select(
-            make_selector({**OPTIONS, "method": "hard"}),
+            make_selector({"method": "hard"}),
             ScoredBatch(torch.full((3,), float("nan"))),
             1,
             generator(),
@@ -168,18 +161,18 @@ def test_unknown_method_lists_the_known():
     with pytest.raises(
         ValueError, match=r"slapp.*full, grand, greats, hard, infobatch, k_center, "
     ):
-        make_selector({**OPTIONS, "method": "slapp"})
+        make_selector({"method": "slapp"})
 
 
 def test_inverse_weights_restore_the_share_of_every_stratum():
     batch = make_batch(64)
-    options = {**OPTIONS, "method": "slap", "budgets": "expected", "reweight": "inverse"}
-    chosen = select(make_selector(options), batch, 24, generator())
+    expected = Slap(budgets="expected", reweight="inverse")
+    chosen = select(expected, batch, 24, generator())
     strata = assign_strata(batch.loss, 4, "quantile")
     # By hand: 16 of 64 candidates are in each stratum, so each must carry a quarter of the weight.
     carried = torch.zeros(4).index_add_(0, strata[chosen.picks], chosen.weights)
     assert carried.tolist() == pytest.approx([6.0] * 4, rel=1e-6)
     assert len(set(chosen.stats["strata_budgets"])) > 1
-    plain = select(make_selector({**options, "reweight": "none"}), batch, 24, generator())
+    plain = select(Slap(budgets="expected"), batch, 24, generator())
     assert plain.picks.equal(chosen.picks)
     assert plain.weights.eq(1).all()

@@ -18,9 +18,9 @@ class Greats(Stateless):
     That is the second-order change of the validation loss after a gradient step on the picks, with
     the identity in place of its Hessian. Ties go to the lower position.
 
-    g is the sketch, the mean over an answer's response tokens; published code takes the gradients
-    of the trained layers through ghost products, which `scoring.sketch: blocks_kron` with
-    `curvature: none` estimates. A preconditioned sketch makes both products preconditioned ones.
+    g is the sketch, the mean over an answer's response tokens, of the head alone; published code
+    takes the gradients of the trained layers through ghost products. A preconditioned sketch makes
+    both products preconditioned ones.
     g_val is the mean over a few validation samples (`selection.greats.batch`), drawn anew at each
     step as in published code, and scored beside the candidates.
 

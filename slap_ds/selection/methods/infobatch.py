@@ -16,7 +16,6 @@ import torch
 from torch import Generator, Tensor
 
 from slap_ds.selection.base import Course, ScoredBatch, Selection, Signal, Stateless
-from slap_ds.selection.methods.memory import from_text, to_text
 
 _LARGEST_R = 0.9  # weights of more than 10 would make single samples rule a step
 
@@ -113,14 +112,14 @@ class InfoBatch(Stateless):
         """Scores in the order of the training data, which `checkpoint` holds to be the same."""
         mean = None if math.isinf(self.mean) else self.mean
         return {
-            "score": to_text(self.score),
+            "score": self.score,
             "epoch": self.epoch,
             "mean": mean,
             "below": self.below,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.score = from_text(state["score"])
+        self.score = state["score"].clone()
         self.epoch, self.below = int(state["epoch"]), float(state["below"])
         self.mean = -math.inf if state["mean"] is None else float(state["mean"])
 

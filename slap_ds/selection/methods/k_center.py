@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Generator
 
-from slap_ds.ops import FarthestPoints, farthest_point
+from slap_ds.ops import farthest_point
 from slap_ds.selection.base import ScoredBatch, Selection, Signal, Stateless, unweighted
 
 
@@ -16,7 +15,6 @@ from slap_ds.selection.base import ScoredBatch, Selection, Signal, Stateless, un
 class KCenter(Stateless):
     """A random first pick, then always the candidate farthest from all picks so far."""
 
-    farthest: Callable[..., FarthestPoints] = farthest_point  # or the sharded one of the same picks
     takes_quotas = True
     needs: frozenset[Signal] = frozenset({"sketch"})
 
@@ -26,7 +24,7 @@ class KCenter(Stateless):
         if batch.groups is not None and batch.quotas is not None:
             members = members[(batch.quotas[batch.groups] > 0).cpu()]
         first = int(members[torch.randint(len(members), (1,), generator=generator)])
-        points = self.farthest(
+        points = farthest_point(
             batch.sketch,
             torch.tensor([budget]),
             first=first,

@@ -11,7 +11,6 @@ from torch import Generator, Tensor
 
 from slap_ds.selection.base import ScoredBatch, Selection, Signal, Stateless, unweighted
 from slap_ds.selection.methods.greedy import largest
-from slap_ds.selection.methods.memory import from_text, to_text
 
 
 @dataclass
@@ -61,10 +60,10 @@ class Uds(Stateless):
         self.recent = torch.cat([kept, new])[-self.queue :]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": to_text(self.recent)}
+        return {"recent": self.recent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.recent = from_text(state["recent"])
+        self.recent = state["recent"]
 
     def _embed(self, hidden: Tensor) -> Tensor:
         """(n, E) -> (n, min(E, width)) float32; distances are kept (Achlioptas 2003)."""
