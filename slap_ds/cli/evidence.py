@@ -25,6 +25,9 @@ def add(commands: Commands) -> None:
     study.add_argument("study", help="YAML file; docs/studies.md says what it may hold")
     study.add_argument("--data", help="the folder that {data} stands for (default $SLAP_DATA_DIR)")
     study.add_argument("--out", help="folder of the study (default runs/studies/NAME)")
+    study.add_argument(
+        "--results", help="a second folder of records, to continue from and to commit"
+    )
     study.add_argument("--jobs", type=int, default=1, help="worker processes, a thread each")
     study.set_defaults(run=_study)
 
@@ -56,11 +59,17 @@ def _study(options: argparse.Namespace, rest: list[str]) -> None:
 
     # Its workers end with it: an exit unwinds, a signal would not.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    outcome = run_study(study, folder, options.jobs, Console())
+    results = Path(options.results) if options.results else None
+    outcome = run_study(study, folder, options.jobs, Console(), results)
     rows = collect(folder, outcome.cells)
-    write_rows(rows, folder / "results")
-    write_rows(compare_cells(study, folder, rows, outcome.matched), folder / "comparisons")
-    print(f"wrote results and comparisons, .parquet and .csv, to {folder}")
+    write_rows(rows, folder / "cells")
+    for losses in ("last", "best"):
+        if compared := compare_cells(study, folder, rows, losses):
+            name = "comparisons" if losses == "last" else "comparisons-best"
+            write_rows(compared, folder / name)
+            if results is not None:
+                write_rows(compared, results / name, kinds=("csv",))
+    print(f"wrote cells and comparisons, .parquet and .csv, to {folder}")
     if outcome.failed:
         fail(
             f"{len(outcome.failed)} of {len(outcome.cells)} cells failed (error.txt in their "
