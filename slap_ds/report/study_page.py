@@ -34,7 +34,7 @@ from slap_ds.report.study_groups import (
     order_of,
     setting_of,
 )
-from slap_ds.run import read_inputs
+from slap_ds.train.inputs import read_inputs
 from slap_ds.study.comparisons import REFUSED, cell_of, compare_cells
 from slap_ds.study.costs import kind_of, read_kinds
 from slap_ds.study.plan import BASES, PLAIN, Study

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from slap_ds.config import SelectionConfig
+from slap_ds.config.schema import SelectionConfig
 from slap_ds.study.keys import Keys
 from slap_ds.study.plan import (
     PLAIN,

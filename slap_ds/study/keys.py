@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slap_ds.config import Config, SelectionConfig
+from slap_ds.config.schema import Config, SelectionConfig
 from slap_ds.data.sources import file_sha256, find_sources, source_facts
 
 # Above it a file counts by size and time: hashing a large model would take minutes at every start.

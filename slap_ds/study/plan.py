@@ -157,7 +157,7 @@ class Study(Section):
     measure: Literal["all", "sources"] = "all"
     """What the tables lead with. all: the mean over all response tokens of the evaluation; sources:
     the mean over its sources, each of which then counts the same."""
-    tolerance: float = Field(0.02, gt=0, lt=1)
+    tolerance: float = Field(0.03, gt=0, lt=1)
     """How far a cell's cost may be from its share, as a part of it."""
     answers: Answers | None = None
     """Let every cell's model answer evaluation rows; default: losses only."""

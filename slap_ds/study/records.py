@@ -20,8 +20,8 @@ import numpy as np
 import yaml
 
 from slap_ds.bench.environment import describe
-from slap_ds.config import Config
-from slap_ds.metrics import read_lines
+from slap_ds.config.schema import Config
+from slap_ds.jsonl import read_lines
 from slap_ds.study.plan import Cell
 
 SUMS = {

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.study.plan import Cell
 from slap_ds.study.records import Records
 

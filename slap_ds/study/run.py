@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slap_ds.config import Config
+from slap_ds.config.schema import Config
 from slap_ds.study.base import PRELOAD, base_key, train_base, write_base_losses
 from slap_ds.study.costs import Costs
 from slap_ds.study.data import write_data

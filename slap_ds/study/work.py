@@ -24,12 +24,13 @@ from slap_ds.engine import start_ranks, stop_ranks
 from slap_ds.evaluation.evaluate import Answering, evaluate
 from slap_ds.evaluation.reference import write_losses
 from slap_ds.evaluation.subject import open_subject
-from slap_ds.export import export
-from slap_ds.metrics import read_lines
-from slap_ds.run import make_parts, prepare
-from slap_ds.step import train_step
+from slap_ds.checkpoint.export import export
+from slap_ds.jsonl import read_lines
+from slap_ds.train.inputs import make_parts
+from slap_ds.train.run import TrainState, prepare
+from slap_ds.train.record import train_step
 from slap_ds.study.plan import Answers
-from slap_ds.trainer import train
+from slap_ds.train.loop import train
 
 TIMING_ROUNDS = 9
 TIMING_WARMUP = 2
@@ -141,7 +142,7 @@ def measure_steps(task: TimeTask) -> dict[str, dict[str, float]]:
         batch = CandidateBatch(base.inputs.train, next(base.stream))
         took = {}
         for name, run in runs.items():
-            record = train_step(run, number, batch)[1]
+            record = train_step(run, number, batch).metrics
             took[name] = record["step_s"]
             flops[name] += record["flops"]
         if number >= min(TIMING_WARMUP, rounds - 1):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 
-from slap_ds.config import SelectionConfig
+from slap_ds.config.schema import SelectionConfig
 from slap_ds.data.formats import Conversation, Message
 from slap_ds.study import keys
 from slap_ds.study.data import changed, edited, split, write_data
