@@ -34,13 +34,13 @@ from slap_ds.report.study_groups import (
     order_of,
     setting_of,
 )
-from slap_ds.train.inputs import read_inputs
 from slap_ds.study.comparisons import REFUSED, cell_of, compare_cells
 from slap_ds.study.costs import kind_of, read_kinds
 from slap_ds.study.plan import BASES, PLAIN, Study
 from slap_ds.study.records import Records
 from slap_ds.study.results import collect
 from slap_ds.study.run import read_outcome
+from slap_ds.train.inputs import read_inputs
 
 Hungry = dict[str, tuple[list[Slice], float]]
 _COSTS = ("flops", "scoring_flops", "full_flops", "step_s", "score_s", "selection_s")

@@ -23,11 +23,11 @@ from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.data.stream import CandidateStream
 from slap_ds.engine import stop_ranks
-from slap_ds.train.inputs import make_parts
-from slap_ds.train.run import Run, prepare
 from slap_ds.scoring import Scorer, tail_parameters
 from slap_ds.selection import ScoredBatch, Selection, Selector, make_selector, select
+from slap_ds.train.inputs import make_parts
 from slap_ds.train.record import train_step
+from slap_ds.train.run import Run, prepare
 
 ALL, RANDOM = "all", "random"
 SKETCH = 2**18  # numbers of a count sketch

@@ -24,13 +24,12 @@ from slap_ds.engine import start_ranks, stop_ranks
 from slap_ds.evaluation.evaluate import Answering, evaluate
 from slap_ds.evaluation.reference import write_losses
 from slap_ds.evaluation.subject import open_subject
-from slap_ds.checkpoint.export import export
 from slap_ds.jsonl import read_lines
-from slap_ds.train.inputs import make_parts
-from slap_ds.train.run import TrainState, prepare
-from slap_ds.train.record import train_step
 from slap_ds.study.plan import Answers
+from slap_ds.train.inputs import make_parts
 from slap_ds.train.loop import train
+from slap_ds.train.record import train_step
+from slap_ds.train.run import TrainState, prepare
 
 TIMING_ROUNDS = 9
 TIMING_WARMUP = 2

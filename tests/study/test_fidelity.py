@@ -12,9 +12,9 @@ from slap_ds.cli import main
 from slap_ds.cli.evidence import label_and_settings
 from slap_ds.config.file import write_config
 from slap_ds.data.stream import CandidateStream
-from slap_ds.train.inputs import read_inputs
 from slap_ds.study import fidelity as module
 from slap_ds.study.fidelity import Gradients, Question, Tally, fidelity, step_gradient
+from slap_ds.train.inputs import read_inputs
 from tests.recipes import tiny_config, tiny_model
 
 HARD_FIRST = {"hard": True, "easy": False}
