@@ -39,11 +39,14 @@ class Costs:
         self.steps: dict[str, int] = {}  # group name -> steps, as far as they are known
         self.kinds: dict[str, dict[str, float]] = {}  # kind -> flops, seconds of a step, ratios
         self.tries: dict[str, int] = {}
+        # Group name -> the key of the run that settled its steps, perhaps in an earlier start.
+        self.settled_by: dict[str, str] = {}
         self.settled: set[str] = set()
         path = records.places[0] / STEPS_FILE
         if path.is_file():
             known = json.loads(path.read_text("utf-8"))
             self.steps, self.kinds = known["steps"], known["kinds"]
+            self.settled_by = known["settled_by"]
         self.total = self._total(cells)
 
     def _total(self, cells: Sequence[Cell]) -> int:
@@ -103,14 +106,23 @@ class Costs:
         better = max(1, round(steps * cell.cost / share))
         self.tries[name] = self.tries.get(name, 0) + 1
         close = abs(share / cell.cost - 1) <= self.study.tolerance or better == steps
-        if close or self.tries[name] >= MOST_TRIES:
+        before = self.settled_by.get(name) == record["key"]
+        if close or before or self.tries[name] >= MOST_TRIES:
             self.settled.add(name)
+            self.settled_by[name] = record["key"]
             better = steps
         self.steps[name] = better
         self._write()
 
     def _write(self) -> None:
-        self.records.write(STEPS_FILE, {"steps": self.steps, "kinds": self.kinds})
+        self.records.write(
+            STEPS_FILE,
+            {
+                "steps": self.steps,
+                "settled_by": self.settled_by,
+                "kinds": self.kinds,
+            },
+        )
 
 
 def read_kinds(records: Records) -> dict[str, dict[str, float]]:

@@ -41,7 +41,8 @@ SAMPLE_FIELDS = ("ids", "task", "source", "tokens")
 
 
 class Records:
-    """The records in a study's folder, and a second place that they are copied to and from."""
+    """The records in a study's folder, and a second place that they are copied to and, where they
+    are newer there, from."""
 
     def __init__(self, folder: Path, other: Path | None = None) -> None:
         self.places = [folder / "results", *([other] if other is not None else [])]
@@ -49,8 +50,9 @@ class Records:
             place.mkdir(parents=True, exist_ok=True)
         if other is not None:
             for path in sorted(other.glob("*.json")):
-                if not (self.places[0] / path.name).exists():
-                    shutil.copyfile(path, self.places[0] / path.name)
+                mine = self.places[0] / path.name
+                if not mine.exists() or mine.stat().st_mtime_ns < path.stat().st_mtime_ns:
+                    shutil.copyfile(path, mine)
 
     def key(self, cell: Cell) -> str | None:
         """The key of a finished cell, else None."""
