@@ -82,7 +82,7 @@ def _fidelity(options: argparse.Namespace, rest: list[str]) -> None:
     given = {"states": options.states, "batches": options.batches, "share": options.share}
     question = Question(**given, blocks=options.blocks)
     named = {"config": "", "paper": "selection.method=slap,selection.preset=paper"}
-    further_data = ("full", RANDOM, "slap", "greats", "rho_loss")
+    further_data = ("full", RANDOM, "slap", "greats", "rho_loss", "infobatch")
     named |= {name: f"selection.method={name}" for name in SELECTORS if name not in further_data}
     if options.method:
         named = dict(label_and_settings(text) for text in options.method)

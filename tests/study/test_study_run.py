@@ -1,4 +1,4 @@
-"""A tiny study, run: cells are ordinary runs, resume, failures, matched references, its report."""
+"""A tiny study, run: cells are ordinary runs, resume, failures, equal cost, records, its report."""
 
 import io
 import itertools
