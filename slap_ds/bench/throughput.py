@@ -87,7 +87,8 @@ def throughput(
     metrics = JsonLines(run.run_dir / "metrics.jsonl", 0) if run.comm.rank == 0 else None
     points = []
     for value, changed in settings:
-        point_run = replace(run, config=changed.model_copy(update=updates), state=TrainState(run.state.step))
+        state = TrainState(run.state.step)
+        point_run = replace(run, config=changed.model_copy(update=updates), state=state)
         point = _measure(point_run, steps, warmup, metrics, peak, source)
         run.state.step = point_run.state.step
         points.append({"sweep": sweep, "value": value, **point})

@@ -1,4 +1,4 @@
-"""compare, report, study: what runs have shown."""
+"""compare, report, study, fidelity: what runs have shown, and what choices are like."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from slap_ds.cli.common import Commands, fail
+from slap_ds.cli.common import OVERRIDES, Commands, fail
 
 
 def add(commands: Commands) -> None:
@@ -21,10 +21,36 @@ def add(commands: Commands) -> None:
     page.add_argument("--out", help="target folder (default FOLDER/report)")
     page.set_defaults(run=_report)
 
+    compass = commands.add_parser(
+        "fidelity", help="how well selectors' gradients stand for all candidates'", epilog=OVERRIDES
+    )
+    compass.add_argument("config", help="of a run; one process")
+    compass.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="LABEL:KEY=VALUE,...",
+        help="a choice and its settings (default: the config's own, preset paper, all that need "
+        "no further data); may be repeated",
+    )
+    compass.add_argument(
+        "--states", type=int, nargs="+", default=[0, 60], help="training steps before measuring"
+    )
+    compass.add_argument("--batches", type=int, default=20, help="at each state (default 20)")
+    compass.add_argument("--share", type=float, default=0.6, help="of the tokens to be trained")
+    compass.add_argument(
+        "--blocks", type=int, default=0, help="sketch the last blocks and the head (default: all)"
+    )
+    compass.add_argument("--json", help="write the numbers there")
+    compass.set_defaults(run=_fidelity, takes_overrides=True)
+
     study = commands.add_parser("study", help="a grid of runs from one base model, with intervals")
     study.add_argument("study", help="YAML file; docs/studies.md says what it may hold")
     study.add_argument("--data", help="the folder that {data} stands for (default $SLAP_DATA_DIR)")
     study.add_argument("--out", help="folder of the study (default runs/studies/NAME)")
+    study.add_argument(
+        "--results", help="a second folder of records, to continue from and to commit"
+    )
     study.add_argument("--jobs", type=int, default=1, help="worker processes, a thread each")
     study.set_defaults(run=_study)
 
@@ -43,6 +69,52 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
     print(f"wrote {report(Path(options.folder), Path(options.out) if options.out else None)}")
 
 
+def _fidelity(options: argparse.Namespace, rest: list[str]) -> None:
+    import json
+
+    from rich.console import Console
+
+    from slap_ds.bench.environment import describe
+    from slap_ds.config.file import read_config
+    from slap_ds.selection import SELECTORS
+    from slap_ds.study.fidelity import ALL, RANDOM, Question, fidelity, show
+
+    given = {"states": options.states, "batches": options.batches, "share": options.share}
+    question = Question(**given, blocks=options.blocks)
+    named = {"config": "", "paper": "selection.method=slap,selection.slap.preset=paper"}
+    further_data = ("full", RANDOM, "slap", "greats", "rho_loss", "infobatch")
+    named |= {name: f"selection.method={name}" for name in SELECTORS if name not in further_data}
+    if options.method:
+        named = dict(label_and_settings(text) for text in options.method)
+    if taken := {ALL, RANDOM} & set(named):
+        raise ValueError(f"--method: {', '.join(sorted(taken))} is measured always")
+    methods = {
+        label: read_config(
+            options.config, [*rest, *(f"--{each}" for each in text.split(",") if each)]
+        )
+        for label, text in named.items()
+    }
+    rows = fidelity(read_config(options.config, rest), methods, question)
+    Console().print(show(rows))
+    if options.json:
+        found = {"environment": describe(), "question": {**given, "blocks": options.blocks}}
+        Path(options.json).write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", "utf-8")
+
+
+def label_and_settings(text: str) -> tuple[str, str]:
+    """`LABEL:KEY=VALUE,...` in two.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    label, colon, settings = text.partition(":")
+    if not label or not colon or any("=" not in each for each in settings.split(",") if each):
+        raise ValueError(
+            f"--method is {text!r}, expected LABEL:KEY=VALUE,... such as a:selection.method=hard"
+        )
+    return label, settings
+
+
 def _study(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
@@ -56,11 +128,17 @@ def _study(options: argparse.Namespace, rest: list[str]) -> None:
 
     # Its workers end with it: an exit unwinds, a signal would not.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    outcome = run_study(study, folder, options.jobs, Console())
+    results = Path(options.results) if options.results else None
+    outcome = run_study(study, folder, options.jobs, Console(), results)
     rows = collect(folder, outcome.cells)
-    write_rows(rows, folder / "results")
-    write_rows(compare_cells(study, folder, rows, outcome.matched), folder / "comparisons")
-    print(f"wrote results and comparisons, .parquet and .csv, to {folder}")
+    write_rows(rows, folder / "cells")
+    for losses in ("last", "best"):
+        if compared := compare_cells(study, folder, rows, losses):
+            name = "comparisons" if losses == "last" else "comparisons-best"
+            write_rows(compared, folder / name)
+            if results is not None:
+                write_rows(compared, results / name, kinds=("csv",))
+    print(f"wrote cells and comparisons, .parquet and .csv, to {folder}")
     if outcome.failed:
         fail(
             f"{len(outcome.failed)} of {len(outcome.cells)} cells failed (error.txt in their "

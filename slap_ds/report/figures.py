@@ -32,6 +32,17 @@ plt.rcParams.update(
 )
 
 
+# What a method and its opponent had the same of -> what the legend calls it.
+SAID = {
+    "cost": "equal cost",
+    "candidates": "equal candidates",
+    "samples": "equal samples",
+    "response_tokens": "equal response tokens",
+    "seconds": "equal seconds",
+    "all": "its whole run",
+}
+
+
 def style(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """A colour and marker for each name, in their order."""
     return {
@@ -118,7 +129,7 @@ def _legend_below(figure: Any, axis: Any, count: int) -> None:
 def differences(path: Path, rows: Sequence[Mapping[str, Any]], margin: float, title: str) -> Path:
     """Differences with intervals, a line each, coloured by what both had the same of."""
     bases = list(dict.fromkeys(row["basis"] for row in rows))
-    looks = style(["candidates", "samples", "flops", "seconds"])
+    looks = style(SAID)
     labels = list(dict.fromkeys(row["label"] for row in rows))
     figure, axis = plt.subplots(figsize=(7.2, 1.3 + 0.19 * len(rows) + 0.12 * len(labels)))
     axis.axvline(0, color="black", linewidth=0.8)
@@ -140,7 +151,7 @@ def differences(path: Path, rows: Sequence[Mapping[str, Any]], margin: float, ti
                 capsize=2,
                 linestyle="",
                 markersize=4.5,
-                label=None if basis in shown else f"equal {basis.replace('flops', 'FLOPs')}",
+                label=None if basis in shown else SAID[basis],
                 **looks[basis],
             )
             shown.add(basis)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,25 @@ from slap_ds.report.coverage import (
 )
 from slap_ds.report.page import figure, heading, paragraph, table, warnings
 from slap_ds.report.run_page import flop_shares, loss_spread
-from slap_ds.study.comparisons import compare_cells
-from slap_ds.study.plan import BASES, PLAIN, Cell, Study
+from slap_ds.report.study_cost import cost_parts
+from slap_ds.report.study_groups import (
+    Groups,
+    Row,
+    groups_of,
+    interval_of,
+    label_of,
+    metrics_of,
+    order_of,
+    setting_of,
+)
+from slap_ds.study.comparisons import REFUSED, cell_of, compare_cells
+from slap_ds.study.costs import kind_of, read_kinds
+from slap_ds.study.plan import BASES, PLAIN, Study
+from slap_ds.study.records import Records
 from slap_ds.study.results import collect
-from slap_ds.study.run import ratio_name, read_outcome, read_ratios
-from slap_ds.study.statistics import mean_interval
+from slap_ds.study.run import read_outcome
 from slap_ds.train.inputs import read_inputs
 
-Row = dict[str, Any]
-Group = tuple[str, float, int | None, str, int | None]  # Cell.group
-Groups = dict[Group, list[Row]]
 Hungry = dict[str, tuple[list[Slice], float]]
 _COSTS = ("flops", "scoring_flops", "full_flops", "step_s", "score_s", "selection_s")
 INTERVALS = (
@@ -50,11 +58,11 @@ def study_page(folder: Path, out: Path) -> list[str]:
         ValueError: no cell is finished.
     """
     study, outcome = read_outcome(folder)
-    rows = sorted(collect(folder, outcome.cells), key=lambda row: _order(study, _cell(row)))
+    rows = sorted(collect(folder, outcome.cells), key=lambda row: order_of(study, cell_of(row)))
     if not rows:
         raise ValueError(f"{str(folder)!r} holds no finished cell yet")
-    compared = compare_cells(study, folder, rows, outcome.matched)
-    groups = _groups(rows)
+    compared = compare_cells(study, folder, rows)
+    groups = groups_of(rows)
     shares, hungry = _coverage(folder, rows, study)
     unfinished = len(outcome.cells) - len(rows)
     problems = [f"cell {name} failed: {_error(folder, name)}" for name in outcome.failed]
@@ -62,11 +70,19 @@ def study_page(folder: Path, out: Path) -> list[str]:
         problems.append(f"{unfinished - len(outcome.failed)} cells are not finished yet")
     for label, (found, share) in hungry.items():
         problems += [f"{label}: {said_starved(each)} of all {share:.1%}" for each in found]
+    refused = sorted({row["on"] for row in compared if row["verdict"] == REFUSED})
+    if refused:
+        problems.append(
+            f"no verdicts on {', '.join(refused)}: there {study.reference} gains less than "
+            f"{study.min_gain:g} margins of {study.margin:g} over the base, so nothing that is "
+            "ranked is learning"
+        )
     parts = warnings(problems)
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     said = f"{len(rows)} runs from one base model; seeds {seeds}; code {commits}. {INTERVALS}"
     parts.append(paragraph(said))
+    parts += cost_parts(out, study, groups, compared)
     parts += _quality(out, study, groups)
     parts += _against_strata(out, study, groups)
     parts += _differences(out, study, compared)
@@ -76,6 +92,8 @@ def study_page(folder: Path, out: Path) -> list[str]:
 
 
 def _quality(out: Path, study: Study, groups: Groups) -> list[str]:
+    if all(g[4] is not None for g in groups if g[0] != study.reference):
+        return []
     parts = [heading("Quality against pruning rate")]
     variants = list(dict.fromkeys(group[3] for group in groups))
     for variant in variants:
@@ -85,15 +103,15 @@ def _quality(out: Path, study: Study, groups: Groups) -> list[str]:
             continue
         panels: dict[str, dict[str, list[figures.Point]]] = {}
         bands: dict[str, dict[str, tuple[float, float, float]]] = {}
-        for name, column in _metrics(next(iter(mine.values()))).items():
+        for name, column in metrics_of(next(iter(mine.values()))).items():
             lines: dict[str, list[figures.Point]] = {}
             for group, rows in sorted(pruned.items(), key=lambda item: -item[0][1]):
-                point = (100 * (1 - group[1]), *_interval(rows, column))
+                point = (100 * (1 - group[1]), *interval_of(rows, column))
                 lines.setdefault(group[0], []).append(point)
             order = [method for method in study.methods if method in lines]
             panels[name] = {method: lines[method] for method in order}
             full = [r for g, r in mine.items() if g[0] == study.reference]
-            bands[name] = {study.reference: _interval(full[0], column)} if full else {}
+            bands[name] = {study.reference: interval_of(full[0], column)} if full else {}
         path = figures.lines_with_intervals(
             out / f"quality-{variant}.png",
             panels,
@@ -109,9 +127,9 @@ def _quality(out: Path, study: Study, groups: Groups) -> list[str]:
                 "interval over seeds; dashed: the reference.",
             )
         )
-    header = ["method", "seeds", *(f"{name}" for name in _metrics(next(iter(groups.values()))))]
+    header = ["method", "seeds", *(f"{name}" for name in metrics_of(next(iter(groups.values()))))]
     body = [
-        [_label(group), len(rows), *(_interval(rows, c)[0] for c in _metrics(rows).values())]
+        [label_of(group), len(rows), *(interval_of(rows, c)[0] for c in metrics_of(rows).values())]
         for group, rows in groups.items()
         if group[4] is None
     ]
@@ -125,12 +143,12 @@ def _against_strata(out: Path, study: Study, groups: Groups) -> list[str]:
         return []
     panels: dict[str, dict[str, list[figures.Point]]] = {}
     bands: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for name, column in _metrics(next(iter(plain.values()))).items():
+    for name, column in metrics_of(next(iter(plain.values()))).items():
         lines: dict[str, dict[float, figures.Point]] = {}
         for (method, keep, strata, *_), rows in plain.items():
-            k = strata if strata is not None else _setting(rows[0], "selection.slap.strata")
+            k = strata if strata is not None else setting_of(rows[0], "selection.slap.strata")
             if method in varied and k is not None:
-                point = (float(k), *_interval(rows, column))
+                point = (float(k), *interval_of(rows, column))
                 lines.setdefault(f"{method} keep {keep:.0%}", {})[k] = point
         panels[name] = {
             line: [points[k] for k in sorted(points)]
@@ -138,7 +156,7 @@ def _against_strata(out: Path, study: Study, groups: Groups) -> list[str]:
             if len(points) > 1
         }
         bands[name] = {
-            _label(group): _interval(rows, column)
+            label_of(group): interval_of(rows, column)
             for group, rows in plain.items()
             if group[0] == study.reference
         }
@@ -160,15 +178,16 @@ def _differences(out: Path, study: Study, compared: Sequence[Row]) -> list[str]:
         paragraph(
             f"Verdicts with a margin of {study.margin:g} nats: better, the interval lies below 0; "
             "not worse, below the margin; worse, above 0; else undecided. They are not corrected "
-            "for the number of comparisons. The reference at equal samples, FLOPs or seconds is a "
-            "run of its own with fewer steps and a learning rate that ends with them."
+            "for the number of comparisons. Cost is analytic FLOPs, scoring and selection "
+            "included. The reference at equal samples, response tokens or seconds is interpolated "
+            "between its runs of fewer and more steps."
         )
     )
     for against in dict.fromkeys(row["against"] for row in compared):
         rows = [
             {
                 **row,
-                "label": _label((row["method"], row["keep"], row["strata"], row["variant"], None)),
+                "label": label_of(_group_of(row)),
             }
             for row in compared
             if row["against"] == against and row["on"] == "all"
@@ -180,14 +199,14 @@ def _differences(out: Path, study: Study, compared: Sequence[Row]) -> list[str]:
         parts.append(figure(path, f"Evaluation loss minus that of {against}, all tasks."))
     header = [
         "method", "against", "at equal", "on", "seeds", "loss", "against's", "difference",
-        "low", "high", "verdict", "samples", "FLOPs", "seconds",
+        "low", "high", "verdict", "samples", "response tokens", "FLOPs",
     ]  # fmt: skip
     body = [
         [
-            _label((row["method"], row["keep"], row["strata"], row["variant"], None)),
+            label_of(_group_of(row)),
             *(row[k] for k in ("against", "basis", "on", "seeds", "loss", "loss_against")),
             *(row[k] for k in ("difference", "low", "high", "verdict")),
-            *(f"{row[f'{k}_ratio']:.2f}" for k in ("samples", "flops", "step_s")),
+            *(f"{row[f'{k}_ratio']:.2f}" for k in ("samples", "response_tokens", "flops")),
         ]
         for row in compared
     ]
@@ -196,42 +215,45 @@ def _differences(out: Path, study: Study, compared: Sequence[Row]) -> list[str]:
 
 
 def _costs(out: Path, folder: Path, study: Study, groups: Groups) -> list[str]:
-    plain = {g: r for g, r in groups.items() if g[3] == PLAIN and g[4] is None}
+    plain = {g: r for g, r in groups.items() if g[3] == PLAIN}
     bars = {
-        _label(group): flop_shares({k: float(np.mean([r[k] for r in rows])) for k in _COSTS})
+        label_of(group): flop_shares({k: float(np.mean([r[k] for r in rows])) for k in _COSTS})
         for group, rows in plain.items()
     }
     path = figures.bars(out / "flops.png", bars, x="FLOPs / full training's", line=1)
     parts = [
         heading("Costs"),
         figure(
-            path, "Analytic FLOPs of a run against training all candidates, selection included."
+            path,
+            "Analytic FLOPs of a run against training all of its candidates, selection included.",
         ),
     ]
-    full = next((r for g, r in plain.items() if g[0] == study.reference), None)
+    full = plain.get((study.reference, 1.0, None, PLAIN, None))
     if full is not None:
         step = float(np.mean([r["step_s"] for r in full]))
         seconds = {}
         for group, rows in plain.items():
             mean = {k: float(np.mean([r[k] for r in rows])) / step for k in _COSTS}
-            seconds[_label(group)] = {
+            seconds[label_of(group)] = {
                 "training": mean["step_s"] - mean["score_s"] - mean["selection_s"],
                 "scoring": mean["score_s"],
                 "selection": mean["selection_s"],
             }
-        alternating = read_ratios(folder)
+        kinds = read_kinds(Records(folder))
         marks = {
-            _label(group): alternating[name]
+            label_of(group): kinds[name]["seconds"]
+            * rows[0]["steps_taken"]
+            / full[0]["steps_taken"]
             for group, rows in plain.items()
-            if (name := ratio_name(_cell(rows[0]))) in alternating
+            if (name := kind_of(cell_of(rows[0]))) in kinds
         }
         path = figures.bars(
             out / "seconds.png", seconds, x="seconds / the reference's", line=1, marks=marks
         )
         caption = (
             "Seconds in steps against the reference's, as the runs took them; runs side by side "
-            "on one machine disturb each other. Diamonds: the ratio of steps taken in turn on one "
-            "engine, which runs matched in seconds go by."
+            "on one machine disturb each other. Diamonds: from steps taken in turn on one "
+            "engine, which comparisons at equal seconds go by."
         )
         parts.append(figure(path, caption))
     return parts
@@ -240,11 +262,11 @@ def _costs(out: Path, folder: Path, study: Study, groups: Groups) -> list[str]:
 def _losses(out: Path, folder: Path, groups: Groups) -> list[str]:
     panels = {}
     for group, rows in groups.items():
-        if group[3] == PLAIN and group[2] is None and group[4] is None:
-            spreads = [loss_spread(_train_records(folder, row)) for row in rows]
+        if group[3] == PLAIN and group[2] is None:
+            spreads = [loss_spread(_train_records(folder, row)) for row in _here(folder, rows)]
             found = [spread for spread in spreads if spread is not None]
             if found:
-                panels[_label(group)] = (
+                panels[label_of(group)] = (
                     [step for spread in found for step in spread[0]],
                     [step for spread in found for step in spread[1]],
                 )
@@ -265,8 +287,9 @@ def _coverage(
     labels: dict[str, Labels] = {}
     found: dict[str, dict[str, list[Slice]]] = {}
     hungry: Hungry = {}
-    for group, members in _groups(rows).items():
-        if group[0] == study.reference:
+    for group, members in groups_of(rows).items():
+        members = _here(folder, members)
+        if group[0] == study.reference or not members:
             continue
         parts, drawn, kept, deciles = [], 0, 0, []
         for row in members:
@@ -285,11 +308,11 @@ def _coverage(
         slices = merged(parts)
         missing = starved(slices, kept / drawn)
         if missing:
-            hungry[_label(group)] = (missing, kept / drawn)
+            hungry[label_of(group)] = (missing, kept / drawn)
         # Shares of loss deciles are means over steps, shown as if of a thousand candidates.
         for i, share in enumerate(np.mean(deciles, axis=0) if deciles else [], 1):
             slices.append(Slice("loss", f"decile {i}", 1000, round(1000 * float(share))))
-        found.setdefault(group[3], {})[_label(group)] = slices
+        found.setdefault(group[3], {})[label_of(group)] = slices
     return found, hungry
 
 
@@ -322,52 +345,13 @@ def _slices(out: Path, shares: dict[str, dict[str, list[Slice]]], hungry: Hungry
     return parts
 
 
-def _groups(rows: Sequence[Row]) -> Groups:
-    """Rows that differ in their seeds only; costs are those of Cell.group."""
-    found: Groups = {}
-    for row in rows:
-        found.setdefault(_cell(row).group, []).append(row)
-    return found
+def _here(folder: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows whose run folders lie in the study; of others there are records alone."""
+    return [row for row in rows if (folder / "cells" / row["cell"] / "picks.jsonl").is_file()]
 
 
-def _order(study: Study, cell: Cell) -> tuple[Any, ...]:
-    variants = [PLAIN, *study.variants]
-    methods = list(study.methods)
-    return (
-        variants.index(cell.variant),
-        methods.index(cell.method),
-        -cell.keep,
-        cell.strata or 0,
-        cell.steps or 0,
-        cell.seed,
-    )
-
-
-def _label(group: Group) -> str:
-    method, keep, strata, variant, _ = group
-    parts = [method] if keep == 1 else [method, f"keep {keep:.0%}"]
-    parts += [f"K={strata}"] if strata is not None else []
-    parts += [f"({variant})"] if variant != PLAIN else []
-    return " ".join(parts)
-
-
-def _metrics(rows: Sequence[Row]) -> dict[str, str]:
-    """What quality is told on: name -> column."""
-    tasks = [key for key in rows[0] if key.startswith("eval_loss.task.")]
-    return {"all": "eval_loss"} | {key.split(".", 2)[2] or "(no task)": key for key in tasks}
-
-
-def _interval(rows: Sequence[Row], column: str) -> tuple[float, float, float]:
-    return mean_interval(np.asarray([row[column] for row in rows], dtype=float))
-
-
-def _setting(row: Row, key: str) -> Any:
-    text = row.get(f"config.{key}")
-    return None if text is None else json.loads(text)
-
-
-def _cell(row: Row) -> Cell:
-    return Cell(**{key: row[key] for key in Cell.__dataclass_fields__})
+def _group_of(row: Row) -> Any:
+    return (row["method"], row["keep"], row["strata"], row["variant"], row["cost"])
 
 
 def _train_records(folder: Path, row: Row) -> list[Row]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ def write_data(study: Study, folder: Path) -> dict[str, Any]:
     spec = study.data
     note = folder / "data" / "data.json"
     train_sources, eval_sources = find_sources(spec.train), find_sources(spec.eval)
+    base_sources = find_sources(spec.base) if spec.base else []
     facts = {
-        "data": spec.model_dump(mode="json", exclude={"train", "eval"}),
+        "data": spec.model_dump(mode="json", exclude={"train", "eval", "base"}),
         "variants": {name: v.model_dump(mode="json") for name, v in study.variants.items()},
-        "files": [source_facts(train_sources), source_facts(eval_sources)],
+        "files": [source_facts(each) for each in (train_sources, eval_sources, base_sources)],
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     if note.is_file():
@@ -46,7 +48,11 @@ def write_data(study: Study, folder: Path) -> dict[str, Any]:
     held_out, rejected_eval = _read(eval_sources)
     if not train or not held_out:
         raise ValueError(f"no usable rows in {spec.train if not train else spec.eval}")
-    base, tune = split(train, spec.per_source, spec.base_share, spec.seed)
+    base, tune = split(train, spec.per_source, spec.base_share, spec.seed, spec.rows)
+    if base_sources:
+        own, rejected_base = _read(base_sources)
+        rejected += rejected_base
+        base = split(own, spec.base_per_source, 0.0, spec.seed)[1]
     files = {
         "base": base,
         f"train-{PLAIN}": tune,
@@ -67,15 +73,30 @@ def write_data(study: Study, folder: Path) -> dict[str, Any]:
 
 
 def split(
-    rows: Iterable[Conversation], per_source: int | None, base_share: float, seed: int
+    rows: Iterable[Conversation],
+    per_source: int | None,
+    base_share: float,
+    seed: int,
+    of_source: Mapping[str, int] | None = None,
 ) -> tuple[Rows, Rows]:
-    """At most `per_source` random rows of each source, in two disjoint parts, base first.
+    """At most `per_source` random rows of each source, in two disjoint parts, base first; of the
+    sources that `of_source` names, at most so many.
 
     A source's draw depends on the seed, its name and its own rows, not on other sources.
+
+    Raises:
+        ValueError: `of_source` names a source that has no rows.
     """
     base, rest = [], []
-    for source, members in _by_source(rows).items():
-        order = _generator(seed, source).permutation(len(members))[:per_source]
+    groups, limits = _by_source(rows), of_source or {}
+    if missing := sorted(set(limits) - set(groups)):
+        raise ValueError(
+            f"data.rows: no source {', '.join(map(repr, missing))}; the sources are "
+            f"{', '.join(sorted(groups))}"
+        )
+    for source, members in groups.items():
+        limit = limits.get(source, per_source)
+        order = _generator(seed, source).permutation(len(members))[:limit]
         cut = round(base_share * len(order))
         base += [members[i] for i in order[:cut]]
         rest += [members[i] for i in order[cut:]]
@@ -90,14 +111,18 @@ def changed(rows: Rows, variant: Variant, seed: int) -> Rows:
     """
     out = list(rows)
     if variant.noise is not None:
-        out = _noisy(out, variant.noise.source, variant.noise.share, seed)
+        named = variant.noise.source
+        for source in [named] if named is not None else list(_by_source(out)):
+            out = _noisy(out, source, variant.noise.share, seed)
     if variant.duplicates is not None:
         copies: Rows = []
         for source, members in _by_source(out).items():
             count = round(variant.duplicates.share * len(members))
             chosen = _generator(seed, f"{source} copies").permutation(len(members))[:count]
-            named = [_renamed(members[i], f"{source} (copies)") for i in sorted(chosen)]
-            copies += named * (variant.duplicates.times - 1)
+            copied = [_renamed(members[i], f"{source} (copies)") for i in sorted(chosen)]
+            for time in range(1, variant.duplicates.times):
+                generator = _generator(seed, f"{source} edits {time}")
+                copies += [edited(row, variant.duplicates.edited, generator) for row in copied]
         out += copies
     return out
 
@@ -128,6 +153,35 @@ def _noisy(rows: Rows, source: str, share: float, seed: int) -> Rows:
         )
         out[i] = Conversation(messages, rows[i].task, f"{source} (noise)", rows[i].lang)
     return out
+
+
+def edited(row: Conversation, share: float, generator: np.random.Generator) -> Conversation:
+    """The row with `share` of the units of each message dropped, doubled or swapped with the next,
+    at least one of a message of three or more; share 0: as it is."""
+    if not share:
+        return row
+    messages = tuple(Message(m.role, _edited(m.content, share, generator)) for m in row.messages)
+    return Conversation(messages, row.task, row.source, row.lang)
+
+
+def _edited(text: str, share: float, generator: np.random.Generator) -> str:
+    # A unit keeps the space before it; a text of few spaces is taken character by character.
+    units = re.findall(r"\s*\S+|\s+$", text)
+    if len(units) * 12 < len(text):
+        units = list(text)
+    if len(units) < 3:
+        return text
+    count = max(1, round(share * len(units)))
+    # From the end, so that the places still to come stay where they are.
+    for place in sorted(generator.choice(len(units) - 1, count, replace=False), reverse=True):
+        kind = generator.integers(3)
+        if kind == 0:
+            del units[place]
+        elif kind == 1:
+            units.insert(place, units[place])
+        else:
+            units[place], units[place + 1] = units[place + 1], units[place]
+    return "".join(units)
 
 
 def _renamed(row: Conversation, source: str) -> Conversation:

@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slap_ds.config.schema import Config
+from slap_ds.config.schema import Config, SelectionConfig
 from slap_ds.data.sources import find_sources, source_facts
 from slap_ds.files import sha256
 
 # Above it a file counts by size and time: hashing a large model would take minutes at every start.
-LARGE_BYTES = 2**26
+LARGE_BYTES = 2**30
 # Settings that name what is read; what lies there takes their place.
 PLACES: dict[str, Any] = {
     "run_dir": True,
@@ -43,14 +43,26 @@ class Keys:
         Raises:
             ValueError, FileNotFoundError: its data cannot be found.
         """
-        # Without defaults, so that a new setting does not make finished cells look unfinished.
-        settings = config.model_dump(mode="json", exclude=PLACES, exclude_defaults=True)
+        settings = settings_of(config)
         data = [config.data.train, config.data.eval, config.selection.validation]
         named = [config.model.tokenizer, config.engine.deepspeed, config.selection.reference_losses]
         facts = [settings, base, [self._data(tuple(paths)) for paths in data]]
         text = json.dumps([*facts, [self.of_path(path) for path in named]], sort_keys=True)
         text = text.replace(str(Path(config.run_dir).parents[1]), "{study}")
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What of the settings decides a run, less the places of what it reads."""
+    # Without defaults, so that a new setting does not make finished cells look unfinished.
+    settings = config.model_dump(mode="json", exclude=PLACES, exclude_defaults=True)
+    if config.selection.method == SelectionConfig().method:
+        # What the default method does by default is what a study is about: where that changes, its
+        # cells are others.
+        for section in ("selection", "scoring"):
+            values = getattr(config, section).model_dump(mode="json", exclude=PLACES.get(section))
+            settings[section] = values
+    return settings
 
 
 def path_facts(path: str | None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +15,18 @@ from slap_ds.config.file import read_config, read_yaml, validated
 from slap_ds.config.schema import Config, Section
 
 PLAIN = "plain"
-BASES = ("candidates", "samples", "flops", "seconds")
-Basis = Literal["candidates", "samples", "flops", "seconds"]
+# What a method and its opponent have the same of, and "all": the reference's whole run.
+BASES = ("cost", "candidates", "samples", "response_tokens", "seconds", "all")
 
 
 class Noise(Section):
     """Wrong answers."""
 
-    source: str
-    """The source whose rows get wrong answers."""
+    source: str | None = None
+    """The source whose rows get wrong answers; default: every source, each within itself."""
     share: float = Field(gt=0, le=1)
-    """Share of its rows; their answers are shuffled among themselves, and their source is named
-    `SOURCE (noise)`."""
+    """Share of a source's rows; their answers are shuffled among themselves, and their source is
+    named `SOURCE (noise)`."""
 
 
 class Duplicates(Section):
@@ -36,6 +36,9 @@ class Duplicates(Section):
     """How often a row stands in the data then; the copies' source is named `SOURCE (copies)`."""
     share: float = Field(1.0, gt=0, le=1)
     """Share of each source's rows."""
+    edited: float = Field(0.0, ge=0, lt=1)
+    """Share of the words (of scripts without spaces, characters) of every message of a copy that
+    are dropped, doubled or swapped with the next: near-duplicates; 0: exact copies."""
 
 
 class Variant(Section):
@@ -54,8 +57,14 @@ class StudyData(Section):
     """Files, folders or patterns; `{data}` in them is the folder given by --data."""
     eval: list[str] = Field(min_length=1)
     """Evaluation files, the same kinds."""
+    base: list[str] = Field([])
+    """Training files of the base model, where it shall not see the cells' sources."""
+    base_per_source: int | None = Field(None, ge=1)
+    """At most so many rows of each source of `base`; default: all."""
     per_source: int | None = Field(None, ge=1)
     """At most so many training rows of each source, drawn at random; default: all."""
+    rows: dict[str, int] = Field({})
+    """Source -> at most so many of its rows, instead of per_source."""
     base_share: float = Field(0.0, ge=0, lt=1)
     """Share of these rows that trains the base model; the cells get the others."""
     eval_per_source: int | None = Field(None, ge=1)
@@ -73,6 +82,9 @@ class Base(Section):
     """Instead: the config of a pre-training run that is done once."""
     overrides: dict[str, Any] = Field({})
     """Settings changed in `config`, by dotted key."""
+    vocabulary: int | None = Field(None, ge=260)
+    """Pieces of a byte-level BPE that is trained on the base model's rows and takes the place of
+    `model.tokenizer`; a small one keeps the head of a small model as cheap as a large model's."""
     losses: bool = False
     """Also write the loss of every training row of a cell under this model, for rho_loss, to
     `{study}/base/losses.jsonl`."""
@@ -81,6 +93,8 @@ class Base(Section):
     def _one(self) -> Base:
         if (self.path is None) == (self.config is None):
             raise ValueError("give exactly one of path and config")
+        if self.path is not None and self.vocabulary is not None:
+            raise ValueError("a model at `path` has its vocabulary: leave out `vocabulary`")
         return self
 
 
@@ -93,10 +107,22 @@ class Block(Section):
     """Keep ratios; the reference method keeps all, whatever stands here."""
     seeds: list[int] = Field(min_length=1)
     """Seeds of a run: order of the candidates, selection."""
+    cost: list[float] | None = Field(None, min_length=1)
+    """Shares of the cost of training all candidates for the config's steps, in analytic FLOPs: each
+    cell takes as many steps as its share buys; default: the config's steps, whatever they cost."""
     strata: list[int] | None = Field(None, min_length=1)
     """Numbers of strata K; default: the config's."""
     variants: list[str] = Field([PLAIN], min_length=1)
     """Names of `variants`; `plain` is the data as they are."""
+
+
+class Answers(Section):
+    """Greedy answers of every cell's model, with exact match, F1, chrF and ROUGE-L."""
+
+    samples: int = Field(ge=1)
+    """Rows that are answered of each task, a fixed random subset."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer."""
 
 
 class Study(Section):
@@ -126,14 +152,15 @@ class Study(Section):
     that the study does not have are left out."""
     margin: float = Field(0.02, ge=0)
     """A method is not worse if its loss is surely less than this above the reference, in nats."""
-    matched: list[Literal["samples", "flops", "seconds"]] = Field([])
-    """Further runs of the reference with as many samples, FLOPs or seconds as a pruned run has, on
-    the plain data."""
-    matched_methods: list[str] | None = None
-    """The methods that get such runs; default: all."""
-    seconds_ratio: dict[str, float] = Field({})
-    """`METHOD` or `METHOD-keepRATIO` -> seconds of its step / of the reference's; default: measured
-    here, by alternating steps."""
+    min_gain: float = Field(10.0, ge=0)
+    """Verdicts are refused where the reference gains less than this many margins over the base."""
+    measure: Literal["all", "sources"] = "all"
+    """What the tables lead with. all: the mean over all response tokens of the evaluation; sources:
+    the mean over its sources, each of which then counts the same."""
+    tolerance: float = Field(0.03, gt=0, lt=1)
+    """How far a cell's cost may be from its share, as a part of it."""
+    answers: Answers | None = None
+    """Let every cell's model answer evaluation rows; default: losses only."""
     keep_checkpoints: bool = False
     """Write each cell's last checkpoint; default: a cell leaves its measurements only."""
 
@@ -153,13 +180,14 @@ class Study(Section):
                 for keep in block.keep
                 if not 0 < keep <= 1
             ]
-        named = [("reference", self.reference)]
-        named += [("matched_methods", name) for name in self.matched_methods or []]
-        wrong += [
-            f"{field}: {name!r} is not among {', '.join(sorted(self.methods))}"
-            for field, name in named
-            if name not in self.methods
-        ]
+            wrong += [
+                f"grid.{number}.cost: {cost:g} is not above 0"
+                for cost in block.cost or []
+                if cost <= 0
+            ]
+        if self.reference not in self.methods:
+            known_methods = ", ".join(sorted(self.methods))
+            wrong.append(f"reference: {self.reference!r} is not among {known_methods}")
         method = self.methods.get(self.reference, {}).get("selection.method")
         if self.reference in self.methods and method != "full":
             wrong.append(
@@ -170,8 +198,15 @@ class Study(Section):
             wrong.append("variants: they are made of `data`, which is missing")
         if PLAIN in self.variants:
             wrong.append(f"variants: {PLAIN!r} is the name of the data as they are")
-        if self.data is not None and self.base.config is not None and not self.data.base_share:
-            wrong.append("data.base_share is 0, so base.config has no rows to train on")
+        if self.data is not None and self.base.config is not None:
+            if not self.data.base_share and not self.data.base:
+                wrong.append(
+                    "data.base_share is 0 and data.base empty: base.config has no rows to train on"
+                )
+            if self.data.base_share and self.data.base:
+                wrong.append("data.base_share: the base model's rows are those of data.base")
+        if self.base.vocabulary is not None and self.data is None:
+            wrong.append("base.vocabulary: it is made of the rows of `data`, which is missing")
         if wrong:
             raise ValueError("\n  ".join(wrong))
         return self
@@ -186,20 +221,24 @@ class Cell:
     strata: int | None
     variant: str
     seed: int
-    steps: int | None = None  # the reference at another number of steps; None: the config's
+    cost: float | None = None  # share of full training's; None: the config's steps
 
     @property
     def name(self) -> str:
         parts = [self.method, f"keep{self.keep:g}"]
         parts += [f"k{self.strata}"] if self.strata is not None else []
         parts += [self.variant] if self.variant != PLAIN else []
-        parts += [f"steps{self.steps}"] if self.steps is not None else []
+        parts += [f"cost{self.cost:g}"] if self.cost is not None else []
         return "-".join([*parts, f"seed{self.seed}"])
 
     @property
-    def group(self) -> tuple[str, float, int | None, str, int | None]:
+    def group(self) -> tuple[str, float, int | None, str, float | None]:
         """What cells have in common that differ in their seeds."""
-        return (self.method, self.keep, self.strata, self.variant, self.steps)
+        return (self.method, self.keep, self.strata, self.variant, self.cost)
+
+    @property
+    def group_name(self) -> str:
+        return self.name.rpartition("-seed")[0]
 
 
 def read_study(path: str, data_dir: str | None) -> Study:
@@ -241,19 +280,23 @@ def plan(study: Study) -> list[Cell]:
     cells = []
     for block in study.grid:
         strata: list[int | None] = [*block.strata] if block.strata else [None]
-        product = itertools.product(block.methods, block.keep, strata, block.variants, block.seeds)
+        costs: list[float | None] = [*block.cost] if block.cost else [None]
+        product = itertools.product(
+            block.methods, block.keep, strata, block.variants, block.seeds, costs
+        )
         cells += [_settled(study, Cell(*combination)) for combination in product]
     return sorted(dict.fromkeys(cells), key=lambda cell: cell.seed)
 
 
 def _settled(study: Study, cell: Cell) -> Cell:
     if study.methods[cell.method].get("selection.method") == "full":
-        return replace(cell, keep=1.0, strata=None)
+        # Of all candidates, the whole cost is the config's steps.
+        return replace(cell, keep=1.0, strata=None, cost=None if cell.cost == 1 else cell.cost)
     return cell
 
 
-def cell_config(study: Study, cell: Cell, folder: Path) -> Config:
-    """The config of one cell of the study in `folder`."""
+def cell_config(study: Study, cell: Cell, folder: Path, steps: int | None = None) -> Config:
+    """The config of one cell of the study in `folder`; `steps` instead of the config's."""
     own = _filled(study.methods[cell.method], "{study}", str(folder))
     changes: dict[str, Any] = {**study.overrides, **own}
     changes["run_dir"] = str(folder / "cells" / cell.name)
@@ -261,15 +304,15 @@ def cell_config(study: Study, cell: Cell, folder: Path) -> Config:
     changes["selection.keep"] = cell.keep
     if cell.strata is not None:
         changes["selection.slap.strata"] = cell.strata
-    if cell.steps is not None:
-        changes["steps"], changes["epochs"] = cell.steps, None
+    if steps is not None:
+        changes["steps"], changes["epochs"] = steps, None
     if study.data is not None:
         changes["data.train"] = [str(data_file(folder, f"train-{cell.variant}"))]
         changes["data.eval"] = [str(data_file(folder, "eval"))]
     changes["model.path"] = study.base.path or str(folder / "base" / "model")
     changes["model.config"] = None
     changes["checkpoint.every"] = 0
-    changes["checkpoint.last"] = study.keep_checkpoints
+    changes["checkpoint.last"] = study.keep_checkpoints or study.answers is not None
     changes["evaluation.keep_losses"] = True
     return read_config(study.config, flags(changes))
 
@@ -282,6 +325,9 @@ def base_config(study: Study, folder: Path) -> Config | None:
     if study.data is not None:
         changes["data.train"] = [str(data_file(folder, "base"))]
         changes["data.eval"] = [str(data_file(folder, "eval"))]
+    if study.base.vocabulary is not None:
+        changes["model.tokenizer"] = str(vocabulary_file(folder))
+        changes["model.config.vocab_size"] = study.base.vocabulary
     return read_config(study.base.config, flags(changes))
 
 
@@ -307,19 +353,11 @@ def data_file(folder: Path, name: str) -> Path:
     return folder / "data" / f"{name}.jsonl"
 
 
+def vocabulary_file(folder: Path) -> Path:
+    """Where the study keeps the tokenizer that it has made."""
+    return folder / "base" / "tokenizer.json"
+
+
 def flags(changes: dict[str, Any]) -> list[str]:
     """Overrides as the command line has them; JSON is YAML."""
     return [f"--{key}={json.dumps(value)}" for key, value in changes.items()]
-
-
-def pruned_groups(study: Study, cells: Sequence[Cell]) -> Iterator[list[Cell]]:
-    """Cells that differ in their seeds only, of the methods that get matched reference runs: on the
-    plain data, with the config's number of strata."""
-    wanted = study.matched_methods or list(study.methods)
-    groups: dict[Any, list[Cell]] = {}
-    for cell in cells:
-        pruned = cell.method != study.reference and cell.steps is None
-        usual = cell.variant == PLAIN and cell.strata is None
-        if cell.method in wanted and pruned and usual:
-            groups.setdefault(cell.group, []).append(cell)
-    yield from groups.values()

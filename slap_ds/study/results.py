@@ -9,98 +9,77 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from slap_ds.jsonl import read_lines
+from slap_ds.config.schema import Config
 from slap_ds.study.plan import Cell
+from slap_ds.study.records import Records
 
 logger = logging.getLogger(__name__)
 
-SUMS = {
-    "candidates": "candidates",
-    "samples": "picked",
-    "candidate_tokens": "candidate_tokens",
-    "trained_tokens": "trained_tokens",
-    "response_tokens": "response_tokens",
-    "flops": "flops",
-    "scoring_flops": "scoring_flops",
-    "full_flops": "full_flops",
-    "step_s": "step_s",
-    "score_s": "score_s",
-    "selection_s": "selection_s",
-}
 KEYS_FILE = "keys.json"
 PLACES = ("run_dir", "data.train", "data.eval", "data.cache_dir", "model.path", "model.tokenizer")
-
-
-def finished(run_dir: Path) -> str | None:
-    """The key of a finished run, else None."""
-    path = run_dir / "done.json"
-    return json.loads(path.read_text("utf-8"))["key"] if path.is_file() else None
 
 
 def collect(folder: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """A row for each finished cell, in the order of `cells`; cells that an earlier state of the
     study has made are left out, with a warning."""
-    found = {cell: key for cell in cells if (key := finished(folder / "cells" / cell.name))}
+    records = Records(folder)
+    found = {cell: record for cell in cells if (record := records.read(cell)) is not None}
     path = folder / KEYS_FILE
     known = json.loads(path.read_text("utf-8")) if path.is_file() else None
-    done = [cell for cell, key in found.items() if known is None or known.get(cell.name) == key]
+    done = {
+        cell: record
+        for cell, record in found.items()
+        if known is None or known.get(cell.name) == record["key"]
+    }
     if stale := [cell.name for cell in found if cell not in done]:
         logger.warning(
             "left out %d cells of an earlier config, data or base model, run the study again: %s",
             len(stale),
             ", ".join(stale),
         )
-    settings = [dict(_flat(_config(folder / "cells" / cell.name))) for cell in done]
+    settings = {
+        cell: dict(_flat(Config.model_validate(record["config"]).model_dump(mode="json")))
+        for cell, record in done.items()
+    }
     differing = [
         key
-        for key in dict.fromkeys(key for each in settings for key in each)
-        if key not in PLACES and len({repr(each.get(key)) for each in settings}) > 1
+        for key in dict.fromkeys(key for each in settings.values() for key in each)
+        if key not in PLACES and len({repr(each.get(key)) for each in settings.values()}) > 1
     ]
-    facts = versions()
     rows = []
-    for cell, config in zip(done, settings, strict=True):
-        row = {"cell": cell.name, **asdict(cell)}
-        row.update(_measured(folder / "cells" / cell.name))
-        row.update({f"config.{key}": _plain(config.get(key), folder) for key in differing})
-        rows.append({**row, **facts})
+    for cell, record in done.items():
+        config = settings[cell]
+        row = {"cell": cell.name, **asdict(cell), **record["measured"]}
+        row.update(_answers(record["answers"]))
+        row.update({f"config.{key}": _text(config.get(key)) for key in differing})
+        rows.append({**row, **record["environment"]})
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key) for key in keys} for row in rows]
 
 
-def _measured(run_dir: Path) -> dict[str, Any]:
-    records = read_lines(run_dir / "metrics.jsonl")
-    train = [record for record in records if record["event"] == "train"]
-    evals = [record for record in records if record["event"] == "eval"]
-    done = json.loads((run_dir / "done.json").read_text("utf-8"))
-    out: dict[str, Any] = {}
-    if evals:
-        out["eval_loss_before"] = evals[0]["eval_loss"]
-        out["eval_loss"] = evals[-1]["eval_loss"]
-        for label in ("task", "source"):
-            for name, loss in sorted(evals[-1][f"eval_loss_by_{label}"].items()):
-                out[f"eval_loss.{label}.{name}"] = loss
-    out["steps_taken"] = len(train)
-    for name, key in SUMS.items():
-        out[name] = sum(record.get(key, 0.0) for record in train)
-    out["wall_s"], out["cpu_s"] = done["wall_s"], done["cpu_s"]
-    return out
+def _answers(found: Mapping[str, Any] | None) -> dict[str, float]:
+    """The metrics of answers, one column each: `answers.GROUP.METRIC`."""
+    if found is None:
+        return {}
+    flat = _flat({key: value for key, value in found.items() if key != "settings"}, "answers.")
+    return {key: float(value) for key, value in flat if isinstance(value, int | float)}
 
 
-def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def write_rows(
+    rows: Sequence[Mapping[str, Any]], path: Path, kinds: Sequence[str] = ("parquet", "csv")
+) -> None:
     """`path` with the suffixes .parquet and .csv; floats in the CSV with six digits."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path.with_suffix(".parquet"))
+    if "parquet" in kinds:
+        table = pa.Table.from_pylist([dict(row) for row in rows])
+        pq.write_table(table, path.with_suffix(".parquet"))
     with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
         writer.writeheader()
@@ -116,46 +95,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def sample_losses(run_dir: Path) -> dict[str, list[Any]]:
-    """The last evaluation's `ids`, `loss` (nats, summed) and `tokens`, a value a sample."""
-    path = run_dir / "eval_samples.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"no losses of evaluation samples at {str(path)!r}")
-    return read_lines(path)[-1]
-
-
-def versions() -> dict[str, str]:
-    """The commit of the code, if it is in a repository, and the versions of what it runs on."""
-    out = {}
-    for package in ("torch", "transformers", "deepspeed"):
-        try:
-            out[f"version.{package}"] = version(package)
-        except PackageNotFoundError:
-            out[f"version.{package}"] = "not installed"
-    commit = _git("rev-parse", "HEAD")
-    changed = "+" if commit and _git("status", "--porcelain", "--untracked-files=no") else ""
-    out["commit"] = f"{commit or 'unknown'}{changed}"
-    return out
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-            check=False,
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _config(run_dir: Path) -> Any:
-    return yaml.safe_load((run_dir / "config.yaml").read_text("utf-8"))
-
-
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -164,6 +103,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _plain(value: Any, folder: Path) -> str | None:
-    # Text, because one Parquet column has one type; without the place where the study lies.
-    return None if value is None else json.dumps(value).replace(str(folder), "{study}")
+def _text(value: Any) -> str | None:
+    # One Parquet column has one type.
+    return None if value is None else json.dumps(value)

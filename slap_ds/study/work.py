@@ -1,4 +1,4 @@
-"""What a worker of a study does: train the base model, train a cell, time two kinds of step."""
+"""What a worker of a study does: train the base model, train a cell, measure kinds of step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,12 @@ from slap_ds.checkpoint.export import export
 from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import start_ranks, stop_ranks
+from slap_ds.evaluation.evaluate import Answering, evaluate
 from slap_ds.evaluation.reference import write_losses
+from slap_ds.evaluation.subject import open_subject
 from slap_ds.files import write_text
+from slap_ds.jsonl import read_lines
+from slap_ds.study.plan import Answers
 from slap_ds.train.inputs import make_parts
 from slap_ds.train.loop import train
 from slap_ds.train.record import train_step
@@ -39,6 +43,8 @@ class TrainTask:
     config: Config
     key: str  # written into done.json: what the result depends on
     export_to: str | None = None
+    answers: Answers | None = None  # let the model answer evaluation rows
+    keep: bool = True  # the checkpoint, once the answers are there
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class LossesTask:
 
 @dataclass(frozen=True)
 class TimeTask:
-    """Time a step of each of `configs` against one of `reference`."""
+    """Measure a step of each of `configs` against one of `reference`."""
 
     reference: Config
     configs: dict[str, Config]
@@ -71,7 +77,7 @@ def work(task: TrainTask | LossesTask | TimeTask) -> dict[str, Any]:
                 return _train(task)
             if isinstance(task, LossesTask):
                 return _score(task)
-            return time_steps(task)
+            return measure_steps(task)
         finally:
             gc.collect()
 
@@ -88,8 +94,24 @@ def _train(task: TrainTask) -> dict[str, Any]:
         "wall_s": time.perf_counter() - wall,
         "cpu_s": time.process_time() - cpu,
     }
+    if task.answers is not None:
+        run_dir = run.run_dir
+        del run  # its weights would lie beside those that answer
+        result["answers"] = _answers(run_dir, task.answers)
+        if not task.keep:
+            shutil.rmtree(run_dir / "checkpoints")
+        write_json(run_dir / "done.json", result)
+        return result
     write_json(run.run_dir / "done.json", result)
     return result
+
+
+def _answers(run_dir: Path, how: Answers) -> dict[str, Any]:
+    """Metrics of greedy answers by task and source, and how they were made."""
+    answering = Answering(samples=how.samples, max_new_tokens=how.max_new_tokens)
+    with open_subject(run_dir, None, [], {}) as subject:
+        found = evaluate(subject, answering)
+    return {"settings": asdict(answering), **found["answers"]}
 
 
 def _score(task: LossesTask) -> dict[str, Any]:
@@ -99,8 +121,9 @@ def _score(task: LossesTask) -> dict[str, Any]:
     return {"samples": count}
 
 
-def time_steps(task: TimeTask) -> dict[str, float]:
-    """Median over rounds of a config's step seconds / the reference's, on the same candidates.
+def measure_steps(task: TimeTask) -> dict[str, dict[str, float]]:
+    """Each config's step against the reference's, on the same candidates: `seconds`, the median
+    over rounds of the ratios, and `flops`, the ratio of the sums.
 
     All share one engine and take turns, so that a machine that becomes busy slows them alike.
     """
@@ -113,16 +136,29 @@ def time_steps(task: TimeTask) -> dict[str, float]:
             base, config=config, scorer=scorer, selector=selector, state=TrainState()
         )
     ratios: dict[str, list[float]] = {name: [] for name in task.configs}
-    for number in range(TIMING_ROUNDS):
+    flops = dict.fromkeys(runs, 0.0)
+    rounds = min(TIMING_ROUNDS, len(base.stream))
+    for number in range(rounds):
         batch = CandidateBatch(base.inputs.train, next(base.stream))
         took = {}
         for name, run in runs.items():
-            took[name] = train_step(run, number, batch).metrics["step_s"]
-        if number >= TIMING_WARMUP:
+            record = train_step(run, number, batch).metrics
+            took[name] = record["step_s"]
+            flops[name] += record["flops"]
+        if number >= min(TIMING_WARMUP, rounds - 1):
             for name, values in ratios.items():
                 values.append(took[name] / took[""])
     stop_ranks(base.comm)
-    return {name: statistics.median(values) for name, values in ratios.items()}
+    return {
+        name: {"seconds": statistics.median(values), "flops": flops[name] / flops[""]}
+        for name, values in ratios.items()
+    }
+
+
+def evaluations(run_dir: Path) -> list[float]:
+    """The evaluation losses of a run, in order."""
+    records = read_lines(run_dir / "metrics.jsonl")
+    return [record["eval_loss"] for record in records if record["event"] == "eval"]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

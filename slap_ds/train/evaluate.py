@@ -35,7 +35,8 @@ def evaluate_loss(
     Returns: {"eval_loss": x, "eval_loss_by_task": {name: x}, "eval_loss_by_source": {name: x}},
     nats per response token, the same on every rank; of many names those with most tokens, the
     others together (`few_labels`). With `keep_losses` also "samples": the `ids`,
-    `task`, `loss` (nats, summed over response tokens) and `tokens` of each, in the store's order.
+    `task`, `source`, `loss` (nats, summed over response tokens) and `tokens` of each, in the
+    store's order.
     """
     chosen: npt.NDArray[np.int64] = np.arange(len(store))
     if max_samples is not None and max_samples < len(store):
@@ -55,6 +56,7 @@ def evaluate_loss(
         result["samples"] = {
             "ids": store.sample_ids[chosen].tolist(),
             "task": [store.names["task"][code] for code in store.task[chosen]],
+            "source": [store.names["source"][code] for code in store.source[chosen]],
             "loss": loss.tolist(),
             "tokens": tokens.tolist(),
         }

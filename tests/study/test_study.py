@@ -1,20 +1,26 @@
 """Studies in parts: the plan, the rows, the workers."""
 
+import difflib
+import json
 import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer
 
+from slap_ds.config.schema import SelectionConfig
 from slap_ds.data.formats import Conversation, Message
 from slap_ds.study import keys
-from slap_ds.study.data import changed, split, write_data
+from slap_ds.study.data import changed, edited, split, write_data
 from slap_ds.study.keys import Keys
 from slap_ds.study.plan import Cell, Variant, all_configs, base_config, plan, read_study
 from slap_ds.study.pool import Failure, run_tasks
+from slap_ds.study.vocabulary import make_vocabulary
 from tests.recipes import tiny_config
 
 STUDIES = Path(__file__).parents[2] / "configs" / "study"
@@ -60,7 +66,16 @@ def test_grid_becomes_cells_each_once_seed_by_seed(tmp_path):
         "slap-keep0.6-k2-seed2",
         "slap-keep0.6-k8-seed2",
     ]
-    assert Cell("full", 1.0, None, "noisy", 3, 40).name == "full-keep1-noisy-steps40-seed3"
+    assert Cell("full", 1.0, None, "noisy", 3, 0.7).name == "full-keep1-noisy-cost0.7-seed3"
+    grid = [{"methods": ["full", "slap"], "keep": [0.6], "cost": [0.7, 1], "seeds": [1]}]
+    cells = plan(read_study(study_file(tmp_path, grid=grid), None))
+    # The whole cost is the reference's own run.
+    assert [cell.name for cell in cells] == [
+        "full-keep1-cost0.7-seed1",
+        "full-keep1-seed1",
+        "slap-keep0.6-cost0.7-seed1",
+        "slap-keep0.6-cost1-seed1",
+    ]
 
 
 def test_all_mistakes_of_a_study_at_once(tmp_path):
@@ -81,9 +96,11 @@ def test_all_mistakes_of_a_study_at_once(tmp_path):
         assert part in str(caught.value)
     path = study_file(
         tmp_path,
-        grid=[{"methods": ["slop"], "keep": [1.5], "seeds": [1], "variants": ["noise"]}],
+        grid=[
+            {"methods": ["slop"], "keep": [1.5], "seeds": [1], "variants": ["noise"], "cost": [0]}
+        ],
         reference="slap",
-        matched_methods=["other"],
+        base={"config": "base.yaml", "vocabulary": 300},
     )
     with pytest.raises(ValueError, match="1 mistake") as caught:
         read_study(path, None)
@@ -91,22 +108,49 @@ def test_all_mistakes_of_a_study_at_once(tmp_path):
         "grid.0.methods: 'slop'",
         "grid.0.keep: 1.5",
         "grid.0.variants: 'noise'",
-        "matched_methods: 'other'",
+        "grid.0.cost: 0",
+        "base.vocabulary: it is made of the rows of `data`",
         "the reference trains all candidates",
     ):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["quick", "cpu"])
+def committed():
+    files = sorted(STUDIES.glob("*.yaml"))
+    return [path.stem for path in files if yaml.safe_load(path.read_text()).get("grid")]
+
+
+@pytest.mark.parametrize("name", committed())
 def test_committed_studies_are_valid(name, tmp_path):
     study = read_study(str(STUDIES / f"{name}.yaml"), str(tmp_path))
     cells = plan(study)
     configs = all_configs(study, cells, tmp_path)
-    assert len({config.run_dir for config in configs.values()}) == len(cells) >= 30
-    assert not any(config.checkpoint.last for config in configs.values())
+    assert len({config.run_dir for config in configs.values()}) == len(cells) >= 10
     base = base_config(study, tmp_path)
-    assert base is not None
-    assert base.checkpoint.last
+    if base is not None:
+        assert base.checkpoint.last
+        assert not any(config.checkpoint.last for config in configs.values())
+
+
+REGIMES = ("new-domain", "epochs", "redundancy", "noise", "dominated")
+
+
+@pytest.mark.parametrize("name", REGIMES)
+def test_regimes_compare_the_same_methods_at_the_same_cost(name, tmp_path):
+    study = read_study(str(STUDIES / f"{name}.yaml"), str(tmp_path))
+    seeds = {}
+    for cell in plan(study):
+        seeds.setdefault((cell.method, cell.keep, cell.cost), set()).add(cell.seed)
+    for method, count in {"random": 5, "default": 5, "paper": 3, "hard": 3, "uds": 3}.items():
+        assert len(seeds[method, 0.6, 0.7]) == count
+    for method in ("selective_backprop", "infobatch"):
+        assert len(seeds[method, 0.6, 0.7]) == 3
+    for method in ("random", "default"):
+        assert len(seeds[method, 0.8, 0.7]) == 3
+    assert len(seeds["full", 1.0, None]) == len(seeds["full", 1.0, 0.7]) == 5
+    # The default is what a user gets without a word about selection.
+    assert study.methods["default"] == {}
+    assert study.min_gain == 10
 
 
 def test_data_folder_fills_its_place_or_is_asked_for(tmp_path):
@@ -159,6 +203,66 @@ def test_noise_shuffles_answers_of_one_source_and_marks_them():
     )
     with pytest.raises(ValueError, match=r"'c' has 0 answers.*a, b"):
         changed(before, Variant(noise={"source": "c", "share": 0.3}), seed=0)
+
+
+def test_noise_without_a_source_is_in_every_source_and_stays_inside_it():
+    before = rows("a", 20) + rows("b", 8)
+    after = changed(before, Variant(noise={"share": 0.25}), seed=0)
+    wrong = [i for i in range(28) if after[i].messages != before[i].messages]
+    assert [sum(i < 20 for i in wrong), sum(i >= 20 for i in wrong)] == [5, 2]
+    for i in wrong:
+        assert after[i].source == f"{before[i].source} (noise)"
+        assert after[i].messages[1].content.startswith(f"{before[i].source} a")
+
+
+def test_near_duplicates_are_edited_by_a_share_of_their_words():
+    text = " ".join(f"w{i}" for i in range(40))
+    row = Conversation((Message("user", "one two"), Message("assistant", text)), "t", "a")
+    copies = changed([row], Variant(duplicates={"times": 3, "edited": 0.1}), seed=0)
+    assert copies[0] == row
+    assert len({copy.messages[1].content for copy in copies}) == 3
+    for copy in copies[1:]:
+        assert copy.messages[0].content == "one two"  # too short to be edited
+        # Independently: the longest common subsequence, which a drop, a doubled word or a swap
+        # leaves all but one word of.
+        ours, theirs = text.split(), copy.messages[1].content.split()
+        matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
+        same = sum(block.size for block in matcher.get_matching_blocks())
+        assert 40 - 8 <= same < 40 or len(theirs) > 40
+        assert abs(len(theirs) - 40) <= 4
+    generator = np.random.default_rng(0)
+    chinese = Conversation((Message("user", "你知道这部电影是谁导演的吗"),), "t", "a")
+    assert edited(chinese, 0.1, generator).messages[0].content != chinese.messages[0].content
+    assert edited(row, 0, generator) is row
+
+
+def test_rows_of_a_source_instead_of_per_source():
+    base, rest = split(rows("a", 30) + rows("b", 30), 5, 0.0, seed=0, of_source={"b": 20})
+    assert not base
+    assert Counter(row.source for row in rest) == {"a": 5, "b": 20}
+    with pytest.raises(ValueError, match="no source 'c'; the sources are a"):
+        split(rows("a", 3), 5, 0.0, seed=0, of_source={"c": 20})
+
+
+def test_vocabulary_holds_every_text_and_is_made_the_same_twice(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": f"the thing number {i} 你好"}]})
+            + "\n"
+            for i in range(50)
+        )
+    )
+    for name in ("one", "two"):
+        make_vocabulary(source, 280, tmp_path / f"{name}.json")
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    tokenizer = Tokenizer.from_file(str(tmp_path / "one.json"))
+    text = "any text ☃ at all\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.encode("<|im_end|>").ids == [2]
+    assert tokenizer.get_vocab_size() == 280
+    with pytest.raises(ValueError, match="take fewer pieces or more rows"):
+        make_vocabulary(source, 5000, tmp_path / "three.json")
 
 
 def test_duplicates_stand_in_the_data_so_often():
@@ -230,6 +334,18 @@ def test_keys_follow_what_files_hold(tmp_path, monkeypatch):
     os.utime(weights, ns=(0, 0))
     assert key(tmp_path / "b") != before
     assert keys.path_facts("someone/hub-model") == "someone/hub-model"
+
+
+def test_defaults_count_in_the_keys_of_the_default_method_alone(tmp_path):
+    config = tiny_config("x", tmp_path / "run")
+    other = config.selection.model_copy(update={"method": "hard"})
+    default = config.selection.model_copy(update={"method": SelectionConfig().method})
+    found = keys.settings_of(config.model_copy(update={"selection": default}))
+    assert found["selection"]["slap"]["strata"] == config.selection.slap.strata
+    assert found["scoring"]["sketch"] == config.scoring.sketch
+    found = keys.settings_of(config.model_copy(update={"selection": other}))
+    assert "slap" not in found["selection"]
+    assert "scoring" not in found
 
 
 def double(number):

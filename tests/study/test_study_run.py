@@ -1,6 +1,7 @@
-"""A tiny study, run: cells are ordinary runs, resume, failures, matched references, its report."""
+"""A tiny study, run: cells are ordinary runs, resume, failures, equal cost, records, its report."""
 
 import io
+import itertools
 import json
 import re
 import shutil
@@ -18,8 +19,8 @@ from rich.console import Console
 from slap_ds.cli import main
 from slap_ds.config.file import read_config
 from slap_ds.jsonl import read_lines
-from slap_ds.study.comparisons import compare_cells
-from slap_ds.study.plan import read_study
+from slap_ds.study.comparisons import REFUSED, compare_cells
+from slap_ds.study.plan import BASES, read_study
 from slap_ds.study.results import collect, read_rows, write_rows
 from slap_ds.study.run import read_outcome, run_study
 from tests.recipes import losses, run_config, tiny_model
@@ -52,12 +53,13 @@ STUDY = {
     "variants": {"noise": {"noise": {"source": "demo_qa", "share": 0.5}}},
     "grid": [
         {"methods": ["full", "random", "hard"], "keep": [0.5], "seeds": [1, 2]},
+        {"methods": ["full", "random", "hard"], "keep": [0.5], "cost": [0.5], "seeds": [1, 2]},
+        {"methods": ["full"], "keep": [1.0], "cost": [0.34], "seeds": [1, 2]},
         {"methods": ["diverges"], "keep": [0.5], "seeds": [1]},
         {"methods": ["hard"], "keep": [0.5], "seeds": [1], "variants": ["noise"]},
     ],
-    "matched": ["samples", "seconds"],
-    "matched_methods": ["hard"],
-    "seconds_ratio": {"hard": 0.75},
+    "tolerance": 0.15,
+    "min_gain": 0,
 }
 
 
@@ -70,7 +72,8 @@ def tiny(tmp_path_factory):
     (root / "finetune.yaml").write_text(yaml.safe_dump(FINETUNE))
     study = read_study(str(root / "study.yaml"), None)
     printed = io.StringIO()
-    outcome = run_study(study, root / "out", 1, Console(file=printed, width=200))
+    console = Console(file=printed, width=200)
+    outcome = run_study(study, root / "out", 1, console, root / "kept")
     return root / "out", study, outcome, printed.getvalue()
 
 
@@ -83,6 +86,8 @@ def test_failed_cell_is_recorded_and_stops_no_other(tiny):
     finished = {path.parent.name for path in folder.glob("cells/*/done.json")}
     assert finished == {cell.name for cell in outcome.cells} - set(outcome.failed)
     assert not list(folder.glob("cells/*/checkpoints/*"))
+    kept = {path.stem for path in (folder.parent / "kept").glob("*-seed?.json")}
+    assert kept == finished
 
 
 def test_cell_is_an_ordinary_run(tiny, tmp_path):
@@ -92,15 +97,26 @@ def test_cell_is_an_ordinary_run(tiny, tmp_path):
     assert losses(run_config(config)) == losses(read_lines(cell / "metrics.jsonl"))
 
 
-def test_matched_references_have_the_steps_that_cost_as_much(tiny):
-    folder, _, outcome, _ = tiny
-    steps = {(m.variant, m.basis): m.steps for m in outcome.matched}
-    # Six steps of half the candidates are three of all; 0.75 * 6 rounds to 4.
-    assert steps == {("plain", "samples"): 3, ("plain", "seconds"): 4}
-    names = {cell.name for cell in outcome.cells if cell.steps is not None}
-    assert names == {f"full-keep1-steps{n}-seed{s}" for n in (3, 4) for s in (1, 2)}
+def test_every_cell_takes_the_steps_that_its_cost_buys(tiny):
+    folder, study, outcome, _ = tiny
     rows = {row["cell"]: row for row in collect(folder, outcome.cells)}
-    assert rows["full-keep1-steps3-seed1"]["samples"] == rows["hard-keep0.5-seed1"]["samples"] == 36
+    # Six steps of all candidates are the whole cost.
+    assert rows["full-keep1-seed1"]["steps_taken"] == 6
+    assert rows["full-keep1-cost0.5-seed1"]["steps_taken"] == 3
+    assert rows["full-keep1-cost0.34-seed1"]["steps_taken"] == 2
+    # Half of the candidates, unscored, in about twice the steps; scored ones in fewer.
+    assert rows["random-keep0.5-cost0.5-seed1"]["steps_taken"] in (5, 6, 7)
+    assert rows["hard-keep0.5-cost0.5-seed1"]["steps_taken"] in (4, 5)
+    for name, row in rows.items():
+        if "cost0.5" in name and "seed1" in name:
+            # Of the FLOPs a step on all candidates takes on average, six times.
+            whole = 6 * row["full_flops"] / row["steps_taken"]
+            assert row["flops"] / whole == pytest.approx(0.5, rel=study.tolerance)
+    # The learning rate ends with the run, however many steps it has.
+    for name in ("full-keep1-cost0.5-seed1", "full-keep1-seed1", "hard-keep0.5-cost0.5-seed1"):
+        records = read_lines(folder / "cells" / name / "metrics.jsonl")
+        rates = [record["lr"] for record in records if record["event"] == "train"]
+        assert (rates[0], rates[-1]) == pytest.approx((1e-3, 1e-4))
     assert read_outcome(folder)[1] == outcome
 
 
@@ -115,31 +131,93 @@ def test_results_and_comparisons(tiny, tmp_path):
     assert json.loads(row["config.selection.method"]) == "hard"
     metrics = read_lines(folder / "cells" / row["cell"] / "metrics.jsonl")
     assert row["eval_loss"] == metrics[-1]["eval_loss"]
+    assert row["eval_loss_before"] == metrics[0]["eval_loss"]
     assert row["flops"] == pytest.approx(sum(r["flops"] for r in metrics[1:-1]))
     assert str(folder) not in (tmp_path / "results.csv").read_text()
 
-    compared = compare_cells(study, folder, rows, outcome.matched)
+    compared = compare_cells(study, folder, rows)
     found = {
-        (c["variant"], c["method"], c["against"], c["basis"]): c
+        (c["method"], c["cost"], c["against"], c["basis"]): c
         for c in compared
-        if c["on"] == "all"
+        if c["on"] == "all" and c["variant"] == "plain"
     }
-    assert set(found) == {
-        ("plain", "random", "full", "candidates"),
-        ("plain", "hard", "full", "candidates"),
-        ("plain", "hard", "full", "samples"),
-        ("plain", "hard", "full", "seconds"),
-        ("plain", "hard", "random", "candidates"),
+    interpolated = {
+        ("random", 0.5, "full", "samples"),
+        ("random", 0.5, "full", "response_tokens"),
+        ("random", None, "full", "samples"),
+        ("random", None, "full", "response_tokens"),
+        ("random", 0.5, "full", "seconds"),
+        ("random", None, "full", "seconds"),
+        ("hard", None, "full", "samples"),
     }
-    ours, theirs = (
-        [by_name[f"{name}-seed{seed}"]["eval_loss"] for seed in (1, 2)]
-        for name in ("hard-keep0.5", "full-keep1-steps3")
+    measured = {
+        (method, cost, against, "cost" if cost else "candidates")
+        for method, cost in itertools.product(("random", "hard"), (None, 0.5))
+        for against in ("full", "random")
+        if against != method
+    } | {("random", 0.5, "full", "all"), ("hard", 0.5, "full", "all")}
+    assert measured <= set(found)
+    assert {key for key in found if key not in measured} >= {("hard", None, "full", "samples")}
+    assert interpolated & set(found)
+
+    def mean(name):
+        return np.mean([by_name[f"{name}-seed{seed}"]["eval_loss"] for seed in (1, 2)])
+
+    for key, ours, theirs in (
+        (("hard", 0.5, "full", "cost"), "hard-keep0.5-cost0.5", "full-keep1-cost0.5"),
+        (("hard", 0.5, "full", "all"), "hard-keep0.5-cost0.5", "full-keep1"),
+        (("hard", 0.5, "random", "cost"), "hard-keep0.5-cost0.5", "random-keep0.5-cost0.5"),
+        (("hard", None, "full", "candidates"), "hard-keep0.5", "full-keep1"),
+        # Half of the samples: where the reference was run at half of its steps.
+        (("hard", None, "full", "samples"), "hard-keep0.5", "full-keep1-cost0.5"),
+    ):
+        row = found[key]
+        assert row["difference"] == pytest.approx(mean(ours) - mean(theirs), abs=1e-4)
+        assert row["low"] <= row["difference"] <= row["high"]
+    assert found["hard", None, "full", "samples"]["samples_ratio"] == pytest.approx(1)
+    full = [by_name[f"full-keep1-seed{seed}"] for seed in (1, 2)]
+    gain = np.mean([row["eval_loss_before"] - row["eval_loss"] for row in full])
+    assert found["hard", 0.5, "full", "cost"]["gain"] == pytest.approx(gain)
+    assert {c["on"] for c in compared} == {
+        "all", "sources", "dialogue", "general", "qa", "translation"
+    }  # fmt: skip
+    sources = next(c for c in compared if c["on"] == "sources" and c["basis"] == "all")
+    cells = [by_name[f"{sources['method']}-keep0.5-cost0.5-seed{seed}"] for seed in (1, 2)]
+    named = [key for key in cells[0] if key.startswith("eval_loss.source.")]
+    assert sources["loss"] == pytest.approx(
+        np.mean([cell[key] for cell in cells for key in named]), abs=1e-4
     )
-    equal = found["plain", "hard", "full", "samples"]
-    assert equal["difference"] == pytest.approx(np.mean(ours) - np.mean(theirs))
-    assert equal["samples_ratio"] == 1
-    assert equal["low"] < equal["difference"] < equal["high"]
-    assert {c["on"] for c in compared} == {"all", "dialogue", "general", "qa", "translation"}
+
+
+def test_verdicts_are_refused_where_all_data_gain_little(tiny):
+    folder, study, outcome, _ = tiny
+    rows = collect(folder, outcome.cells)
+    gains = [
+        r["eval_loss_before"] - r["eval_loss"] for r in rows if r["cell"][:11] == "full-keep1-"
+    ]
+    enough = study.model_copy(update={"min_gain": 0.5 * min(gains) / study.margin})
+    more = study.model_copy(update={"min_gain": 2 * max(gains) / study.margin})
+    on_all = [c for c in compare_cells(enough, folder, rows) if c["on"] == "all"]
+    assert REFUSED not in {c["verdict"] for c in on_all if c["variant"] == "plain"}
+    on_all = [c for c in compare_cells(more, folder, rows) if c["on"] == "all"]
+    assert {c["verdict"] for c in on_all if c["variant"] == "plain"} == {REFUSED}
+
+
+def test_a_study_goes_on_elsewhere_from_its_records_alone(tiny, tmp_path):
+    folder, study, first, _ = tiny
+    printed = io.StringIO()
+    kept = shutil.copytree(folder.parent / "kept", tmp_path / "kept")
+    (kept / "random-keep0.5-seed2.json").unlink()
+    console = Console(file=printed, width=200)
+    second = run_study(study, tmp_path / "out", 1, console, kept)
+    assert second == first
+    made = {path.parent.name for path in (tmp_path / "out").glob("cells/*/done.json")}
+    assert made == {"random-keep0.5-seed2"}  # the failed one fails again
+    rows = [collect(place, first.cells) for place in (folder, tmp_path / "out")]
+    drop = {"wall_s", "cpu_s", "step_s", "score_s", "selection_s"}
+    assert [{k: v for k, v in row.items() if k not in drop} for row in rows[0]] == [
+        {k: v for k, v in row.items() if k not in drop} for row in rows[1]
+    ]
 
 
 def test_finished_cells_are_not_run_again(tiny):
@@ -148,7 +226,7 @@ def test_finished_cells_are_not_run_again(tiny):
     kept = folder / "cells" / "full-keep1-seed1" / "done.json"
     before = kept.stat().st_mtime_ns
     changed = read_lines(again / "metrics.jsonl")
-    (again / "done.json").unlink()  # as if it had been interrupted
+    (folder / "results" / f"{again.name}.json").unlink()  # as if it had been interrupted
     (again / "metrics.jsonl").write_text("half a li")
     printed = io.StringIO()
     second = run_study(study, folder, 1, Console(file=printed, width=200))
@@ -192,11 +270,10 @@ def test_what_was_made_of_other_things_is_not_finished(tmp_path, caplog):
     assert run()[0] == 2
     changed = study.model_copy(update={"overrides": {"data.max_tokens": 64}})
     study, scored = changed, again
-    (out / "cells" / "full-keep1-seed2").rename(tmp_path / "aside")
+    (out / "results" / "full-keep1-seed2.json").rename(tmp_path / "aside")
     assert run()[1] != scored
     # As if that start had been interrupted before the second cell was made again.
-    shutil.rmtree(out / "cells" / "full-keep1-seed2")
-    (tmp_path / "aside").rename(out / "cells" / "full-keep1-seed2")
+    (tmp_path / "aside").rename(out / "results" / "full-keep1-seed2.json")
     rows = collect(out, read_outcome(out)[1].cells)
     assert [row["cell"] for row in rows] == ["full-keep1-seed1"]
     assert "left out 1 cells" in caplog.text
@@ -210,7 +287,7 @@ def test_report_of_a_study(tiny, capsys):
     assert str(page) in capsys.readouterr().out
     text = page.read_text()
     names = {path.name for path in page.parent.glob("*.png")}
-    expected = "quality-plain differences-full differences-random flops seconds losses "
+    expected = "cost-plain quality-plain differences-full differences-random flops seconds losses "
     expected += "coverage-plain coverage-noise"
     assert {f"{name}.png" for name in expected.split()} <= names
     assert len(re.findall("<img ", text)) == len(names)
@@ -239,8 +316,8 @@ def test_mistakes_are_one_line(tiny, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_terminated_study_takes_its_workers_along(tmp_path):
-    raw = {**STUDY, "base": {"path": tiny_model(tmp_path / "model")}, "matched": []}
-    raw |= {"overrides": {"steps": 100_000}, "matched_methods": [], "seconds_ratio": {}}
+    raw = {**STUDY, "base": {"path": tiny_model(tmp_path / "model")}}
+    raw |= {"overrides": {"steps": 100_000}, "grid": STUDY["grid"][:1]}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(raw))
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(FINETUNE))
     out = tmp_path / "out"
@@ -269,10 +346,10 @@ def test_quick_study_from_end_to_end(tmp_path):
     quick = Path(__file__).parents[2] / "configs" / "study" / "quick.yaml"
     out = tmp_path / "quick"
     main(["study", str(quick), "--out", str(out), "--jobs", "2"])
-    rows = read_rows(out / "results.parquet")
+    rows = read_rows(out / "cells.parquet")
     assert len(rows) >= 30 + 9
     assert all(row["eval_loss"] < row["eval_loss_before"] for row in rows)
     compared = read_rows(out / "comparisons.parquet")
-    assert {row["basis"] for row in compared} == {"candidates", "samples", "flops", "seconds"}
+    assert {row["basis"] for row in compared} == set(BASES)
     main(["report", str(out)])
     assert_self_contained((out / "report" / "index.html").read_text())
