@@ -1,4 +1,4 @@
-"""Writes the lock: every package that `make` installs, by version and hash, for Python 3.10 to 3.13.
+"""Writes the lock: all that `make` installs, by version and hash, for Python 3.10 to 3.13.
 
     pyproject.toml + torch.txt -> uv, in an environment thrown away afterwards -> three files
 

@@ -16,6 +16,8 @@ from slap_ds.train.schedule import learning_rate
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
+pytestmark = pytest.mark.lane
+
 MODELS = ["llama", "glm"]
 
 
