@@ -30,7 +30,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "versions.md"
-ABOVE_ROWS = "| --- |"
+HEAD = re.compile(r"^\| date \| lane \|.*\n\| --- .*\n", re.MULTILINE)
 # These have columns of their own; the last column names the others.
 COLUMNS = ["torch", "transformers", "deepspeed", "datasets", "peft"]
 # They only look at the code; a lane runs it.
@@ -174,10 +174,10 @@ def row(lane: str, found: dict, wanted: list[str]) -> str:
 
 def with_row(page: str, line: str) -> str:
     """The page with `line` as the first row of its table."""
-    parts = re.split(rf"(?m)^({re.escape(ABOVE_ROWS)}.*\n)", page, maxsplit=1)
-    if len(parts) != 3:
+    head = HEAD.search(page)
+    if head is None:
         raise ValueError(f"{TABLE.name}: no table to write into")
-    return f"{parts[0]}{parts[1]}{line}\n{parts[2]}"
+    return f"{page[: head.end()]}{line}\n{page[head.end() :]}"
 
 
 def git(*arguments: str) -> str:
