@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--no-row", action="store_true", help="leave docs/versions.md as it is")
     args = parser.parse_args()
     folder = ROOT / ".lanes" / args.lane
+    commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
     if not args.keep:
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -56,7 +57,7 @@ def main() -> None:
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
-    line = row(args.lane, found, wanted)
+    line = row(args.lane, found, wanted, commit)
     print(line)
     if not args.no_row:
         TABLE.write_text(with_row(TABLE.read_text(), line))
@@ -153,12 +154,11 @@ def counts(junit: str) -> dict[str, int]:
     return {"passed": tests - failed - skipped, "failed": failed, "skipped": skipped}
 
 
-def row(lane: str, found: dict, wanted: list[str]) -> str:
+def row(lane: str, found: dict, wanted: list[str], commit: str) -> str:
     """One line of the table: when, what passed, how long, on which commit, with what."""
     versions = found["versions"]
     names = [canonicalize_name(Requirement(each).name) for each in wanted]
     others = ", ".join(f"{n} {versions[n]}" for n in names if n not in COLUMNS)
-    commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
     cells = [
         datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         lane,
