@@ -4,6 +4,9 @@
 # make regimes        the five studies of the documentation; SLAP_DATA_DIR names the data
 # make regime-noise   one of them; regime-smollm2: on a real pretrained model, a night on two cores
 # make test    install what the tests need and pass them all
+# make test-newest, make test-floor    a fast part of the tests, with the newest and with the lowest
+#              versions of what we need, in an environment of their own; a row in docs/versions.md
+# make lock    requirements/: every version that is installed, anew (CONTRIBUTING.md)
 # make test-faults  kill, freeze and starve runs; writes the table in docs/reliability.md
 # make soak    MINUTES=20: a supervised run hurt at random, compared with an undisturbed one
 # make test-nodes   train over two nodes made of network namespaces (root; tests/nodes/install.sh)
@@ -11,15 +14,17 @@
 # make kill-saves N=200   runs killed while they save: what is left loads, and changes nothing
 # make asan    the farthest-point op under AddressSanitizer
 # make gpu-check   on a CUDA machine: bit-equality, races, timings of the kernels
-# Settings: TORCH (what to install), RANKS (default 2), JOBS of a study (default 2), PYTHON.
+# Settings: TORCH (what to install in place of requirements/torch.txt), RANKS (default 2), JOBS of a study (default 2), PYTHON.
 
 PYTHON ?= python3
 RANKS ?= 2
 JOBS ?= 2
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
-# Without a GPU this exact version, so that no CUDA packages come along where a CPU build is served.
-TORCH ?= $(if $(filter 0,$(GPUS)),torch==2.13.0,torch>=2.11)
+TORCH ?= -r requirements/torch.txt
 BIN := .venv/bin
+# -qq: an index that lacks a package is no news; errors are printed.
+PIP := $(BIN)/python -m pip install -qq
+LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 export SLAP_CACHE_DIR ?= $(CURDIR)/.cache
 export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 0 ? n : 1 )))
@@ -28,7 +33,7 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: demo demo-smollm2 regimes study-quick test test-faults soak test-nodes lint fuzz kill-saves asan gpu-check install install-test clean
+.PHONY: demo demo-smollm2 regimes study-quick test test-newest test-floor lock test-faults soak test-nodes lint fuzz kill-saves asan gpu-check install install-test clean
 
 demo: install
 	examples/demo.sh $(RANKS)
@@ -39,6 +44,12 @@ demo-smollm2: install
 test: install-test lint
 	$(BIN)/python -m pytest -m "not slow and not gpu and not nodes and not faults" \
 	  tests
+
+test-newest test-floor: test-%: install-test
+	$(BIN)/python -m tests.lanes $*
+
+lock:
+	$(PYTHON) requirements/lock.py
 
 test-faults: install-test
 	if [ "$$(id -u)" = 0 ]; then tests/nodes/install.sh; fi
@@ -95,18 +106,20 @@ gpu-check: install-test
 install: .venv/installed
 install-test: .venv/installed-test
 
-.venv/installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+.venv/installed: pyproject.toml setup.py $(wildcard requirements/*.txt csrc/* csrc/*/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q "$(TORCH)" "setuptools>=77" wheel
-	$(BIN)/pip install -q --no-build-isolation -e .
+	$(PIP) --require-hashes -r requirements/build.txt
+	$(PIP) $(TORCH)
+	$(LOCKED) -r requirements/run.txt
+	$(PIP) --no-deps --no-build-isolation -e .
 	@# DeepSpeed compiles its CPU collectives at first use; two ranks doing so at once can hang.
 	$(BIN)/python -c "from slap_ds.engine import build_extensions; build_extensions()"
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	$(LOCKED) -r requirements/test.txt
+	$(BIN)/python -m pip check
 	touch $@
 
 clean:
-	rm -rf .venv .cache build *.egg-info
+	rm -rf .venv .lanes .cache build *.egg-info

@@ -14,6 +14,8 @@ from slap_ds.config.deepspeed import DEFAULT_DEEPSPEED
 from tests.ranks import run_ranks
 from tests.recipes import tiny_config, tiny_model
 
+pytestmark = pytest.mark.lane
+
 PACKAGE = Path(compat.__file__).parent
 # Python's own, documented in spite of the underscore.
 DOCUMENTED = {"_replace", "_asdict", "_fields", "_exit"}

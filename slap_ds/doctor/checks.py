@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from slap_ds.doctor.interfaces import Interface
 from slap_ds.engine.build_locks import locks
@@ -90,24 +92,30 @@ def report(found: list[Finding]) -> str:
 
 
 def versions() -> Iterator[Finding]:
-    """What the package says it needs against what is installed."""
+    """What is installed against the ranges that were tested, as the package's metadata has them."""
     python = ".".join(map(str, sys.version_info[:3]))
     yield Finding("green", "python", f"{python}, {sys.executable}")
-    for requirement in importlib.metadata.requires("slap_ds") or []:
-        found = re.match(r"([\w-]+)(?:>=([\d.]+))?$", requirement)
-        if found is None:  # of an extra
+    for text in importlib.metadata.requires("slap_ds") or []:
+        wanted = Requirement(text)
+        extra = re.search(r"extra == .([\w-]+)", str(wanted.marker or ""))
+        if extra and extra[1] == "test":
             continue
-        name, least = found[1], found[2]
+        range_ = ",".join(sorted(map(str, wanted.specifier), reverse=True))
+        install = f"pip install '{wanted.name}{range_}'"
         try:
-            version = importlib.metadata.version(name)
+            version = Version(importlib.metadata.version(wanted.name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding("red", name, f"not installed: pip install '{requirement}'")
+            if extra is None:
+                yield Finding("red", wanted.name, f"not installed: {install}")
             continue
-        if least and _numbers(version) < _numbers(least):
-            text = f"{version}, expected {least} or newer: pip install '{requirement}'"
-            yield Finding("red", name, text)
+        lowest = [Version(one.version) for one in wanted.specifier if one.operator == ">="]
+        if wanted.specifier.contains(version, prereleases=True):
+            yield Finding("green", wanted.name, f"{version}, tested: {range_}")
+        elif lowest and version < lowest[0]:
+            yield Finding("red", wanted.name, f"{version} is too old, tested: {range_}: {install}")
         else:
-            yield Finding("green", name, version)
+            told = f"{version} is newer than what was tested, {range_}; if it fails: {install}"
+            yield Finding("yellow", wanted.name, told)
 
 
 def devices() -> Iterator[Finding]:
@@ -367,7 +375,3 @@ def _host(name: str, slots: int, asked: str) -> tuple[Finding, str]:
         text = f"its clock is {skew_s:.0f} s off: logs will not line up"
         return Finding("yellow", name, text), interfaces
     return Finding("green", name, f"{room} {what} for {slots} slots"), interfaces
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version.split("+")[0])][:3]

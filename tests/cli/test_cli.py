@@ -16,6 +16,8 @@ from slap_ds.cli import main
 from slap_ds.models.load import DEMO_TOKENIZER
 from tests.recipes import tiny_config, tiny_model
 
+pytestmark = pytest.mark.lane
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

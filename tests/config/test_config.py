@@ -9,6 +9,8 @@ import pytest
 from slap_ds.config.deepspeed import DEFAULT_DEEPSPEED, resolve_deepspeed
 from slap_ds.config.file import config_keys, read_config
 
+pytestmark = pytest.mark.lane
+
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 

@@ -23,6 +23,8 @@ from slap_ds.data.formats import (
 )
 from tests.small_tokenizers import DATA_DIR, needs_data
 
+pytestmark = pytest.mark.lane
+
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 GOOD = (Message("user", "q"), Message("assistant", "a"))
 LINE = json.dumps(ROW).encode()

@@ -9,6 +9,8 @@ from slap_ds.jsonl import read_lines
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
+pytestmark = pytest.mark.lane
+
 SEPARATE = {"model": {"attention": "sdpa"}, "step": {"forward": "separate"}}
 REUSE = {"model": {"gradient_checkpointing": True}, "step": {"forward": "reuse", "balance": "none"}}
 CASES = {

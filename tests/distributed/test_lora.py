@@ -22,6 +22,8 @@ from slap_ds.models.lora import add_adapter
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
+pytestmark = pytest.mark.lane
+
 KINDS = {
     "lora": {"r": 4},
     "dora": {"r": 4, "use_dora": True},

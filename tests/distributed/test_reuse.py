@@ -14,6 +14,8 @@ from slap_ds.config.schema import Config
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
+pytestmark = pytest.mark.lane
+
 FORMS = {
     "llama": {},
     "glm": {},

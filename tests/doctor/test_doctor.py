@@ -93,7 +93,7 @@ def test_fault_package_too_old(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: planted.get(name) or real(name))
     found = red()
     assert list(found) == ["deepspeed"]
-    assert found["deepspeed"].startswith("0.9.1, expected 0.19.8 or newer: pip install")
+    assert found["deepspeed"].startswith("0.9.1 is too old, tested: >=0.")
 
 
 def test_fault_package_missing(monkeypatch):
@@ -105,7 +105,41 @@ def test_fault_package_missing(monkeypatch):
         return real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert red() == {"pyarrow": "not installed: pip install 'pyarrow'"}
+    found = red()
+    assert list(found) == ["pyarrow"]
+    assert found["pyarrow"].startswith("not installed: pip install 'pyarrow")
+
+
+@pytest.mark.parametrize(
+    ("version", "level", "told"),
+    [
+        ("5.16.9", "red", "5.16.9 is too old, tested: >=5.17,<5.25: pip install 'transformers>="),
+        ("5.17.0", "green", "5.17.0, tested: >=5.17,<5.25"),
+        ("5.24.3+local", "green", "5.24.3+local, tested: >=5.17,<5.25"),
+        (
+            "5.25.0rc1",
+            "yellow",
+            "5.25.0rc1 is newer than what was tested, >=5.17,<5.25; if it fail",
+        ),
+        ("5.25.0", "yellow", "5.25.0 is newer than what was tested, >=5.17,<5.25; if it fails: pi"),
+        ("6.0", "yellow", "6.0 is newer than what was tested"),
+    ],
+)
+def test_versions_are_held_against_the_tested_ranges(version, level, told, monkeypatch):
+    """An extra is looked at where it is installed, what only tests need is not."""
+
+    def installed(name):
+        if name == "mpi4py":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    ranges = ["transformers<5.25,>=5.17"]
+    ranges += [f'{name}<5.25,>=5.17; extra == "{name}"' for name in ("lora", "mpi4py", "test")]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ranges)
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    found = list(doctor.versions())[1:]
+    assert [(one.name, one.level) for one in found] == [("transformers", level), ("lora", level)]
+    assert found[0].text.startswith(told)
 
 
 def test_fault_disk_full(monkeypatch):

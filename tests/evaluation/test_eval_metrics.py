@@ -20,6 +20,8 @@ from slap_ds.evaluation.metrics import (
 )
 from slap_ds.evaluation.text import characters, language_of, needed, words_like
 
+pytestmark = pytest.mark.lane
+
 
 def scored(*answers: Answer):
     return group_metrics(answers, [sample_metrics(a) for a in answers])

@@ -15,6 +15,8 @@ from slap_ds.models.reuse import BlockInputs, install
 from slap_ds.scoring import Wants
 from slap_ds.selection import ScoredBatch, make_selector, select, select_balanced
 
+pytestmark = pytest.mark.lane
+
 SMALL = {
     "vocab_size": 50,
     "hidden_size": 16,

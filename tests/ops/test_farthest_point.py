@@ -13,6 +13,8 @@ from torch import Tensor
 from slap_ds.ops import active_path, fallback, farthest_point, native, reference
 from slap_ds.ops.plan import Plan, check
 
+pytestmark = pytest.mark.lane
+
 LIBRARY = native.cpu_library()
 PATHS = [] if isinstance(LIBRARY, str) else native.cpu_paths(LIBRARY)
 INF = float("inf")

@@ -15,6 +15,8 @@ from slap_ds.train.inputs import read_inputs
 from slap_ds.train.record import loss_spread
 from tests.recipes import run_config, tiny_config, tiny_model
 
+pytestmark = pytest.mark.lane
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
