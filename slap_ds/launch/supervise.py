@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import random
 import signal
@@ -72,73 +73,108 @@ class _Attempt:
 
 
 @dataclass
+class _Deadline:
+    """When what is left of an attempt is killed; seconds of the monotonic clock.
+
+    A request to stop and the end of the launcher leave the ranks `grace_s`, and so does each new
+    piece of a growing checkpoint. A failed rank leaves the launcher _AFTER_FAILURE_S for the rest.
+    """
+
+    grace_s: float
+    at: float = math.inf
+    failed_at: float = math.inf
+    pieces: int = 0  # of checkpoints, written by all ranks so far
+
+    def asked(self, now: float) -> None:
+        """Somebody has asked for a stop."""
+        self.at = now + self.grace_s
+
+    def orphaned(self, now: float) -> None:
+        """The launcher has ended."""
+        self.at = min(self.at, now + self.grace_s)
+
+    def look_at(self, ranks: list[dict[str, Any]], now: float) -> None:
+        """Take in what the ranks have written by now."""
+        pieces = sum(facts["pieces"] for facts in ranks)
+        if pieces != self.pieces and self.at < math.inf:
+            self.at = max(self.at, now + self.grace_s)
+        self.pieces = pieces
+        if _failed(ranks):
+            self.failed_at = min(self.failed_at, now)
+
+    def passed(self, now: float) -> bool:
+        return now > min(self.at, self.failed_at + _AFTER_FAILURE_S)
+
+
+@dataclass
 class _Job:
     command: list[str]
     run_dir: Path
     options: Options
     stop: int = 0  # the number of the signal that asked for it
     pressed: int = 0  # how often
-    seen_failing: float | None = None
     status: dict[int, int] = field(default_factory=dict)  # exit status of reaped children
-    # By rank: the time its file tells, and when that was first seen. Clocks of hosts may differ.
+    # By rank: the time in its file, and when that was first seen here. Clocks of hosts may differ.
     changed: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def attempt(self, number: int) -> _Attempt:
         """Start the launcher, wait for its end and for the end of all it left behind."""
+        launcher = self._start(number)
+        ranks = self._until_gone(number, launcher.pid)
+        self._ask(number, "end")
+        if running := self._running(ranks):
+            _say(f"{_where(running)} did not end within {self.options.grace_s:g} s")
+        launcher.returncode = code = self.status[launcher.pid]
+        return self._verdict(code, ranks)
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
         # Files of earlier attempts would be taken for this one's.
         for old in (self.run_dir / "heartbeat").glob("rank-*.json"):
             old.unlink()
         # There from the start: a shared file system may go on for a minute to say that it is not.
         self._ask(number, "")
         port = str(_free_port())
-        environ = {**os.environ, "SLAP_ATTEMPT": str(number), "MASTER_PORT": port}
-        launcher = subprocess.Popen(
+        return subprocess.Popen(
             _with_port(self.command, port),
-            env=environ,
+            env={**os.environ, "SLAP_ATTEMPT": str(number), "MASTER_PORT": port},
             start_new_session=True,
             preexec_fn=_die_with_supervisor,
         )
-        forwarded, ended, over, self.seen_failing = 0, 0.0, 0.0, None
-        stop_at, pieces = None, 0
+
+    def _until_gone(self, number: int, launcher: int) -> list[dict[str, Any]]:
+        """What the ranks have written once the launcher and all of them have ended.
+
+        Requests to stop are passed on; what outlives the deadline is killed, and ranks elsewhere
+        are asked to end and given up after as long again.
+        """
+        grace_s = self.options.grace_s
+        deadline = _Deadline(grace_s)
+        forwarded, orphaned, killed_at = 0, False, math.inf
         while True:
             self._reap()
-            launcher_gone = launcher.pid in self.status
+            launcher_gone = launcher in self.status
             left = psutil.Process().children(recursive=True)
             # After these, so that the files of ranks that have gone are their last.
             ranks, now = self._ranks(number), time.monotonic()
-            running = self._running(ranks)
-            unheard = over and now > over + self.options.grace_s
-            if launcher_gone and not left and (not running or unheard):
-                break
+            given_up = now > killed_at + grace_s
+            if launcher_gone and not left and (given_up or not self._running(ranks)):
+                return ranks
             if self.pressed > forwarded:
                 forwarded = self.pressed
-                self._forward(number, launcher.pid, left, ranks)
-                stop_at = now + self.options.grace_s
-            if launcher_gone and not ended:
-                ended = now
-                stop_at = min(stop_at or ended + self.options.grace_s, ended + self.options.grace_s)
+                self._forward(number, launcher, left, ranks)
+                deadline.asked(now)
+            if launcher_gone and not orphaned:
+                orphaned = True
+                deadline.orphaned(now)
                 if not _failed(ranks):
                     self._ask(number, "stop")
-            # Grows as long as the ranks get on with a checkpoint.
-            if (written := sum(facts["pieces"] for facts in ranks)) != pieces:
-                pieces = written
-                if stop_at is not None:
-                    stop_at = max(stop_at, now + self.options.grace_s)
-            if _failed(ranks) and not self.seen_failing:
-                self.seen_failing = now
-            if self.seen_failing:
-                stop_at = min(stop_at or 1e18, self.seen_failing + _AFTER_FAILURE_S)
-            if self.pressed > 1 or (stop_at is not None and now > stop_at):
+            deadline.look_at(ranks, now)
+            if self.pressed > 1 or deadline.passed(now):
                 _kill(left)
-                if not over:
-                    over = now
+                if killed_at == math.inf:
+                    killed_at = now
                     self._ask(number, "end")
             time.sleep(max(_TICK_S, len(ranks) / 500))  # a file is read for each of them
-        self._ask(number, "end")
-        if running:
-            _say(f"{_where(running)} did not end within {self.options.grace_s:g} s")
-        launcher.returncode = code = self.status[launcher.pid]
-        return self._verdict(code, ranks)
 
     def wait_for_earlier(self) -> None:
         """End what a supervisor that was killed has left on other hosts.
