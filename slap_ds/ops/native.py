@@ -154,5 +154,6 @@ def farthest_point_cuda(
         *(ctypes.c_void_p(out.data_ptr()) for out in (picks, pick_squared, squared)),
     )
     if status != 0:
-        raise RuntimeError(f"slap_fps_cuda: {library.slap_fps_cuda_error().decode()}")
+        why = STATUS.get(status) or library.slap_fps_cuda_error().decode()
+        raise RuntimeError(f"slap_fps_cuda: {why}")
     return picks, pick_squared, squared
