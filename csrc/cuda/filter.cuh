@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kFilterMinimum = 64;       // dimensions below which Shrink is as fast
 constexpr int kFilterMaximum = 1 << 23;  // points: pairs of a round are counted in 31 bits
-constexpr int kRest = 4;                 // rounds that the filter rests after it told too little
+constexpr int kRest = 2;                 // rounds that the filter rests after it told too little
 constexpr int kCloseShare = 8;     // pairs a point that may be rechecked: 1 / 16 of a full pool
 constexpr int kCentreRows = 256;   // rows whose mean the centre is
 constexpr int kFilterPoints = 64;  // a block
