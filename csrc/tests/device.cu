@@ -5,7 +5,7 @@
 //
 //   python csrc/build.py --device FILE && compute-sanitizer --tool memcheck FILE
 //
-// Without nvcc, --device builds it with the kernels emulated; tests/unit/test_csrc.py runs that.
+// Without nvcc, --device builds it with the kernels emulated; tests/ops/test_csrc.py runs that.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -120,7 +120,7 @@ class Hvp:
         group = max(1, len(chunk.y) // 8)
         for start in range(low, low + count, group):
             size = min(group, low + count - start)
-            here = (chunk.sample >= start) & (chunk.sample < start + size)
+            here = chunk.of_samples(start, size)
             place = (chunk.sample[here] - start, chunk.y[here])
             bend = chunk.member(chunk.inv, start, size) @ chunk.bend
             bend.index_put_(place, chunk.bend_at[here], accumulate=True)
