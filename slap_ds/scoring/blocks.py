@@ -31,7 +31,7 @@ from slap_ds.compat import attention_of, is_deepspeed_name
 from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.probes import signs
 from slap_ds.scoring.request import Wants
-from slap_ds.scoring.response import Response
+from slap_ds.scoring.response import Response, to_device
 from slap_ds.scoring.softmax import Head
 from slap_ds.scoring.token_loss import HeadGradient
 
@@ -165,7 +165,8 @@ def _diagonal(
     sum_t gradient_t . z. It is summed sample by sample, so that a broken one can be left out.
     """
     n, width = len(scores.loss), x.shape[-1]
-    z = signs(wants.seed, wants.step, "probes", width, wants.probes).to(x.device, x.dtype)
+    z = signs(wants.seed, wants.step, "probes", width, wants.probes)
+    z = to_device(z, x.device, x.dtype)
     sums = torch.zeros(n, width, dtype=x.dtype, device=x.device)
     for k in range(wants.probes):
         along = z[:, k].expand_as(gradient)

@@ -52,9 +52,11 @@ class Response:
             yield Piece(index[here], self.sample[here], kept)
 
 
-def to_device(values: Integers, device: torch.device) -> Tensor:
-    """(n,) int64 on the device; the host does not wait for the copy."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    if device.type == "cuda" and torch.cuda.is_available():
+def to_device(
+    values: Integers | Tensor, device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The same on the device; the host does not wait for the copy."""
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # from pageable memory a copy waits for the stream
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, dtype, non_blocking=True)

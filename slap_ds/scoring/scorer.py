@@ -19,6 +19,7 @@ from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.plan import ScoringPlan
 from slap_ds.scoring.probes import fixed_projection
 from slap_ds.scoring.request import Wants
+from slap_ds.scoring.response import to_device
 from slap_ds.selection import ScoredBatch, Signal
 
 
@@ -104,7 +105,7 @@ class Scorer:
         sketch = self.sketch(scores)
         # Equal samples have equal scores; packing and the number of ranks round them differently
         # in the last bit, and a tie between twins must not be decided by that.
-        first = first_occurrence(content).to(loss.device)
+        first = to_device(first_occurrence(content), loss.device)
         scored = ScoredBatch(loss=loss, sketch=sketch, **self._extras(scores)).take(first)
         return replace(
             scored, validation=None if validation is None else self._mean_sketch(validation)
