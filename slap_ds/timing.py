@@ -10,6 +10,19 @@ from typing import Any
 import torch
 
 
+def start_peak(device: torch.device) -> None:
+    """From here on `peak_gib` counts anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Most memory of a GPU that tensors have held since `start_peak`; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
 class Stopwatch:
     """Seconds per phase: `with watch("score"): ...`, then `watch.seconds()["score_s"]`.
 
