@@ -1,7 +1,7 @@
 """Everything that only a GPU can tell, in seven minutes, part by part.
 
     python3 tests/gpu/check.py --out DIR [--parts smoke,kernel,...] [--pack FOLDER]
-    python3 tests/gpu/check.py --out DIR --device cpu --tiny      all parts on a CPU, as the tests do
+    python3 tests/gpu/check.py --out DIR --device cpu --tiny   all of it on a CPU, as the tests do
 
 Every part is a process with a time limit of its own and goes on where another has failed; only
 after `smoke` there is nothing to go on to. Each prints one line,
