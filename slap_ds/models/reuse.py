@@ -118,6 +118,7 @@ class BlockInputs(Checkpointing):
                 start += length
         elif self.mode == "replay":
             device = row.input_ids.device
+            self._current = []  # before the next row is loaded: one is on the device at a time
             self._current = [
                 torch.cat([piece.to(device, non_blocking=True) for piece in pieces])
                 if len(pieces) > 1
