@@ -1,4 +1,4 @@
-"""What a bare machine needs for tests/gpu/check.py, fetched here, since nothing can be fetched there.
+"""What a bare machine needs for tests/gpu/check.py, fetched here: nothing can be fetched there.
 
     python tests/gpu/pack.py --to .cache/gpu-pack [--model FOLDER]
 
