@@ -431,8 +431,9 @@ class Config(Section):
             ("flex_attention", "flash_attention_3", "flash_attention_4")
         ):
             raise ValueError(
-                f"engine.deterministic: the backward of model.attention {self.model.attention} adds "
-                "in no fixed order: choose packed, sdpa, eager or flash_attention_2"
+                "engine.deterministic: the backward of model.attention "
+                f"{self.model.attention} adds in no fixed order: choose packed, sdpa, eager or "
+                "flash_attention_2"
             )
         if self.step.forward == "reuse" and not self.model.gradient_checkpointing:
             raise ValueError("step.forward reuse needs model.gradient_checkpointing")

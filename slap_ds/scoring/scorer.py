@@ -68,7 +68,8 @@ def project(gradient: Tensor, wants: Wants) -> Tensor:
     Inner products are kept: E <Px, Py> = <x, y>, Var <Px, Py> <= 2 / D |x|^2 |y|^2.
     """
     assert wants.sketch_dim is not None
-    p = fixed_projection(wants.seed, wants.sketch_dim, gradient.shape[1]).to(gradient)
+    p = fixed_projection(wants.seed, wants.sketch_dim, gradient.shape[1])
+    p = to_device(p, gradient.device, gradient.dtype)
     if wants.scale is not None:
         gradient = gradient * wants.scale.to(gradient)
     return gradient @ p.t()

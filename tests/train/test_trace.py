@@ -1,4 +1,4 @@
-"""`profile.steps` leaves a trace with the phases in it; `engine.deterministic` holds what it says."""
+"""`profile.steps` leaves a trace with phases in it; `engine.deterministic` does what it says."""
 
 from __future__ import annotations
 
