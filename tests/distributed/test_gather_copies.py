@@ -56,7 +56,5 @@ def test_on_one_rank_the_sketches_are_put_in_order_and_copied_no_more() -> None:
 
 
 def test_candidates_that_are_missing_or_there_twice_are_an_error() -> None:
-    with pytest.raises(
-        RankDisagreement, match=r"500 candidates \(\[500\] by rank\), not"
-    ):
+    with pytest.raises(RankDisagreement, match=r"500 candidates \(\[500\] by rank\), not"):
         Comm().gather(3, scores(torch.arange(N) // 2), N)

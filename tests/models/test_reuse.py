@@ -11,6 +11,7 @@ import transformers
 from slap_ds.data.packing import Candidate, make_row
 from slap_ds.models.blocks import find_blocks, own
 from slap_ds.models.causal import PackedCausalLM, enable_checkpointing
+from slap_ds.models.host_copies import Arriving, HostCopies
 from slap_ds.models.load import load_config, load_model
 from slap_ds.models.reuse import BlockInputs, install
 from slap_ds.scoring import Wants
@@ -288,7 +289,7 @@ def test_one_row_of_block_inputs_is_on_the_device_at_a_time(monkeypatch):
             model(one, "score", Wants())
     inputs.start_replay(rows)
     inputs.enter(rows[0])
-    held = [weakref.ref(x) for x in inputs._current]
+    held = [weakref.ref(x.tensor) for x in inputs._current]
     assert len(held) == 4
     assert all(ref() is not None for ref in held)
     cat = torch.cat
@@ -301,6 +302,38 @@ def test_one_row_of_block_inputs_is_on_the_device_at_a_time(monkeypatch):
     monkeypatch.setattr(torch, "cat", load)
     inputs.enter(rows[1])
     assert seen == [0] * 4
+
+
+class LateCopies(HostCopies):
+    """Whose values come no earlier than they are waited for."""
+
+    def load(self, pieces, device):
+        values = torch.cat(list(pieces))
+        late = torch.full_like(values, torch.nan)
+        return Arriving(late, lambda: late.copy_(values))
+
+
+def test_block_inputs_are_used_only_after_they_have_come_back():
+    """On a GPU they come on a stream of their own, while the rows before are computed."""
+    gradients = {}
+    for copies in (HostCopies(), LateCopies()):
+        lm = small()
+        inputs = install(lm, on_host=True)
+        inputs.copies = copies
+        model = PackedCausalLM(lm, 16, inputs).train()
+        rows = [row(5, 4, 6), row(7, 3, start=3)]
+        inputs.start_scoring()
+        with torch.no_grad():
+            for one in rows:
+                model(one, "score", Wants())
+        inputs.start_replay(rows)
+        for one in rows:
+            model(one, "train").backward()
+        inputs.stop()
+        found = [p.grad for p in model.parameters()]
+        gradients[type(copies)] = torch.cat([g.flatten() for g in found])
+    assert torch.isfinite(gradients[LateCopies]).all()
+    assert torch.equal(gradients[LateCopies], gradients[HostCopies])
 
 
 def test_the_optimizer_steps_without_block_inputs(tmp_path):
