@@ -2,8 +2,8 @@
 
     python benchmarks/derive_gpu_op.py --n 16384 --d 512 [--cuobjdump FILE] [--json FILE]
 
-The emulated kernels run the whole selection of N normal points (N = 16,384, D = 512: minutes) and
-count rounds and pairs; nvcc compiles for sm_90 and cuobjdump (of the CUDA toolkit, or of the
+The kernels' rounds and bounds are followed over N normal points, counting rounds and pairs; nvcc
+compiles for sm_90 and cuobjdump (of the CUDA toolkit, or of the
 package nvidia-cuda-cuobjdump) shows the instructions of the inner loops. The rates and latencies
 below are assumptions, each from a vendor's figure or a published measurement; nothing here was
 measured on a GPU.
@@ -12,7 +12,6 @@ measured on a GPU.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import re
 import runpy
@@ -22,11 +21,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from slap_ds.bench.environment import describe
-from slap_ds.ops import native
-from slap_ds.ops.plan import check
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = runpy.run_path(str(ROOT / "csrc" / "build.py"))
@@ -46,18 +45,70 @@ READ_US = 20.0  # by the host, of how many picks are done
 UNEVEN = 1.15  # blocks of 128 threads over 132 SMs: 2.6 a round on average, 3 on the busiest
 
 
-def count_rounds(n: int, d: int, keep: float) -> dict[str, int]:
-    """The emulated kernels over n normal points of d dimensions, keep * n of them picked."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "emulated.so"
-        BUILD["build_emulation"](target)
-        library = native.load(target)
-    points = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
-    plan = check(points, torch.tensor([int(keep * n)]), None, 0, True, None, None)
-    native.farthest_point_cuda(library, points, plan)
-    library.slap_fps_cuda_counts.restype = ctypes.POINTER(ctypes.c_int64)
-    values = library.slap_fps_cuda_counts()[: len(COUNTS)]
-    return dict(zip(COUNTS, values, strict=True)) | {"picks": plan.picks}
+POOL, CLOSE, REST = 128, 1 / 16, 2  # kBlock, kCloseShare / kBlock and kRest of csrc/cuda/
+CENTRE_ROWS = 256
+
+
+def count_rounds(points: Tensor, picks: int) -> dict[str, int]:
+    """What the kernels do with (N, D) float32 points: the same rounds and bounds, with distances
+    from matrix products, which are near enough to count by.
+
+    tests/ops/test_farthest_point_cuda.py holds it to the counts of the emulated kernels.
+    """
+    n = len(points)
+    rows = torch.arange(min(n, CENTRE_ROWS)) * n // min(n, CENTRE_ROWS)
+    x = points - points[rows].mean(0)
+    y = x.bfloat16().float()
+    gamma = -(-x.shape[1] // 32) * 2 * 18 * 2.0**-22 + 2.0**-21
+    bound = y.square().sum(1) / 2 * (1 - gamma)
+    residual, norm = (x - y).norm(dim=1), x.square().sum(1)
+    squared = torch.full((n,), torch.inf)
+    counts = dict.fromkeys(COUNTS, 0)
+    done, rest, close_before = 0, REST, 0.0
+    while done < picks:
+        fresh = (
+            torch.zeros(1, dtype=torch.int64) if done == 0 else _choose(x, squared, picks - done)
+        )
+        squared[fresh] = -1.0
+        targets = (squared > 0).nonzero()[:, 0]
+        pairs = len(targets) * len(fresh)
+        rest = REST if close_before > CLOSE else rest
+        exact = rest > 0
+        close_before, rest = 0.0, max(0, rest - 1)
+        found = norm[targets, None] + norm[fresh] - 2 * x[targets] @ x[fresh].T
+        if not exact:
+            reach = residual[targets, None] + squared[targets, None].sqrt() + residual[fresh]
+            half = bound[targets, None] + bound[fresh] - y[targets] @ y[fresh].T
+            close = int((half <= reach.square() / 2).sum())
+            counts["filtered_pairs"] += pairs
+            counts["close_pairs"] += close
+            close_before = close / max(1, pairs)
+            exact = close_before > CLOSE
+        counts["rounds"] += 1
+        counts["pairs"] += pairs
+        counts["exact_rounds"] += exact
+        counts["exact_pairs"] += pairs * exact
+        squared[targets] = squared[targets].minimum(found.amin(1).clamp(min=0))
+        done += len(fresh)
+    return counts | {"picks": picks}
+
+
+def _choose(x: Tensor, squared: Tensor, left: int) -> Tensor:
+    """A round's picks: greedy inside the pool, until the best outside is farther."""
+    top = squared.topk(min(POOL + 1, int((squared >= 0).sum())))
+    pool = top.indices[:POOL].sort().values
+    beyond = float(top.values[POOL]) if len(top.values) > POOL else -1.0
+    between = torch.cdist(x[pool], x[pool]).square().numpy()
+    current = squared[pool].numpy().copy()
+    chosen: list[int] = []
+    while len(chosen) < min(left, len(pool)):
+        best = int(current.argmax())
+        if chosen and current[best] < beyond:
+            break
+        chosen.append(best)
+        current = np.minimum(current, between[best])
+        current[chosen] = -2.0
+    return pool[chosen]
 
 
 def count_instructions(cuobjdump: str) -> dict[str, dict[str, int]]:
@@ -143,7 +194,8 @@ def main() -> None:
     if options.cuobjdump is None or BUILD["find_nvcc"]() is None:
         parser.error("cuobjdump and nvcc are needed; pass --cuobjdump and set CUDA_HOME")
     loops = count_instructions(options.cuobjdump)
-    counts = count_rounds(options.n, options.d, options.keep)
+    points = torch.randn(options.n, options.d, generator=torch.Generator().manual_seed(0))
+    counts = count_rounds(points, int(options.keep * options.n))
     without = dict(counts, exact_rounds=counts["rounds"], exact_pairs=counts["pairs"])
     without |= {"filtered_pairs": 0, "close_pairs": 0}
     derived = {

@@ -96,6 +96,20 @@ def test_the_filter_spares_most_pairs_their_exact_distance(emulated: ctypes.CDLL
     assert made["close pairs"] < 0.05 * made["filtered pairs"]
 
 
+def test_the_counts_that_times_are_derived_from_are_those_of_the_kernels(
+    emulated: ctypes.CDLL,
+) -> None:
+    """benchmarks/derive_gpu_op.py follows the kernels in PyTorch; rounding may move a pair."""
+    points = torch.randn(900, 128, generator=torch.Generator().manual_seed(5))
+    plan = check(points, torch.tensor([630]), None, 0, True, None, None)
+    made = added(emulated, points, plan)
+    derive = runpy.run_path(str(ROOT / "benchmarks" / "derive_gpu_op.py"))
+    found = derive["count_rounds"](points, 630)
+    for name, value in made.items():
+        limit = 0.03 * value if name == "close pairs" else 0
+        assert abs(found[name.replace(" ", "_")] - value) <= limit, (name, made, found)
+
+
 def test_the_filter_rests_where_it_tells_too_little(emulated: ctypes.CDLL) -> None:
     """Small clusters far apart: what is lost in bfloat16 is larger than the distances inside."""
     generator = torch.Generator().manual_seed(2)
