@@ -13,7 +13,9 @@
 # make fuzz N=100000      every reader of foreign input, on N inputs
 # make kill-saves N=200   runs killed while they save: what is left loads, and changes nothing
 # make asan    the farthest-point op under AddressSanitizer
-# make gpu-check   on a CUDA machine: bit-equality, races, timings of the kernels
+# make gpu-pack    what a machine with a GPU and no network lacks, into .cache/gpu-pack
+# make gpu-check   on that machine: everything that only a GPU can tell, in seven minutes; PARTS=a,b
+# make gpu-report  its results into the tables of docs/
 # Settings: TORCH (what to install in place of requirements/torch.txt), RANKS (default 2), JOBS of a study (default 2), PYTHON.
 
 PYTHON ?= python3
@@ -33,7 +35,7 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: demo demo-smollm2 regimes study-quick test test-newest test-floor lock test-faults soak test-nodes lint fuzz kill-saves asan gpu-check install install-test clean
+.PHONY: demo demo-smollm2 regimes study-quick test test-newest test-floor lock test-faults soak test-nodes lint fuzz kill-saves asan gpu-pack gpu-check gpu-report install install-test clean
 
 demo: install
 	examples/demo.sh $(RANKS)
@@ -100,8 +102,17 @@ kill-saves: N ?= 200
 kill-saves: install-test
 	$(BIN)/python -m tests.faults.kill_saves --kills $(N)
 
-gpu-check: install-test
-	$(BIN)/python tests/gpu/check.py --json benchmarks/results/farthest_point_cuda.json
+GPU_PYTHON ?= python3
+GPU_OUT ?= benchmarks/results/gpu
+gpu-pack: install-test
+	$(BIN)/python tests/gpu/pack.py $(if $(SLAP_SMOLLM2),--model $(SLAP_SMOLLM2))
+
+gpu-check:
+	$(GPU_PYTHON) tests/gpu/check.py --out $(GPU_OUT) $(if $(wildcard .cache/gpu-pack),--pack .cache/gpu-pack) \
+	  $(if $(PARTS),--parts $(PARTS))
+
+gpu-report: install-test
+	$(BIN)/python -m tests.gpu.report $(GPU_OUT) --into docs
 
 install: .venv/installed
 install-test: .venv/installed-test

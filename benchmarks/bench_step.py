@@ -76,6 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--row-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--pruning", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6])
+    parser.add_argument("--boundaries", choices=["device", "host"], default="device")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -125,6 +126,7 @@ def base_config(options: argparse.Namespace) -> Config:
                 "micro_batch_tokens": options.row_tokens,
             },
             "engine": {"deepspeed": options.deepspeed},
+            "step": {"boundaries": options.boundaries},
             # Steps of this benchmark are not meant to learn: weights stay near their start.
             "optimizer": {"lr": 1e-6},
         }

@@ -4,6 +4,7 @@ Used by setup.py, by the tests and, as a script, by hand:
 
     python csrc/build.py                the libraries into slap_ds/ops/ (CUDA too, with nvcc)
     python csrc/build.py --asan FILE    the AddressSanitizer driver of csrc/tests/
+    python csrc/build.py --device FILE  the driver of csrc/tests/ for compute-sanitizer
     python csrc/build.py --no-cuda      the CPU library only
 
 Every source is compiled every time: a build folder kept by pip must not ship an older library.
@@ -40,15 +41,21 @@ SOURCES = {
 }
 X86 = ("x86_64", "amd64")
 
-# Code for A100 and H100, and PTX for whatever comes later. Contraction is off here too.
+# Code for A100, H100 and B200, and PTX for whatever comes later. Contraction is off here too.
 CUDA_FLAGS = [
     "-std=c++17",
     "-O3",
     "--fmad=false",
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=sm_90",
-    "-gencode=arch=compute_90,code=compute_90",
+    "-gencode=arch=compute_100,code=sm_100",
+    "-gencode=arch=compute_100,code=compute_100",
 ]
+
+# Without fortification: its longjmp takes a jump to another stack for an error.
+EMULATION_FLAGS = ["-O2", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-DSLAP_CUDA_EMULATION"]
+if platform.machine().lower() in X86:
+    EMULATION_FLAGS.append("-mfma")
 
 
 class BuildError(Exception):
@@ -115,22 +122,35 @@ def build_cuda(nvcc: str, target: Path) -> str:
 
 def build_emulation(target: Path) -> None:
     """The CUDA library with its kernels run by the CPU, for tests where there is no GPU."""
-    fma = ["-mfma"] if platform.machine().lower() in X86 else []
-    flags = ["-O2", *fma, "-shared", "-DSLAP_CUDA_EMULATION", "-Wno-unknown-pragmas"]
-    source = CSRC / "cuda" / "farthest_point.cu"
-    run([find_cxx(), *CXX_FLAGS, *flags, "-x", "c++", str(source), "-o", str(target)])
+    source = str(CSRC / "cuda" / "farthest_point.cu")
+    flags = [*CXX_FLAGS, *EMULATION_FLAGS, "-shared"]
+    run([find_cxx(), *flags, "-x", "c++", source, "-o", str(target)])
+
+
+def build_device_driver(target: Path, nvcc: str | None) -> None:
+    """csrc/tests/device.cu, for compute-sanitizer; without nvcc with its kernels emulated."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = str(CSRC / "tests" / "device.cu")
+    if nvcc is not None:
+        run([nvcc, *CUDA_FLAGS, "-lineinfo", "-cudart=static", source, "-o", str(target)])
+    else:
+        run([find_cxx(), *CXX_FLAGS, *EMULATION_FLAGS, "-x", "c++", source, "-o", str(target)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the native libraries of csrc/.")
     parser.add_argument("--to", type=Path, default=CSRC.parent / "slap_ds" / "ops")
     parser.add_argument("--asan", type=Path, metavar="FILE", help="build the sanitizer driver only")
+    parser.add_argument("--device", type=Path, metavar="FILE", help="build the GPU's driver only")
     parser.add_argument("--no-cuda", action="store_true", help="leave out the CUDA library")
     options = parser.parse_args()
     try:
         if options.asan:
             flags = ("-g", "-O2", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
             build_cpu(options.asan, flags, CSRC / "tests" / "bounds.cpp")
+            return
+        if options.device:
+            build_device_driver(options.device, None if options.no_cuda else find_nvcc())
             return
         build_cpu(options.to / CPU_LIBRARY)
         if (nvcc := find_nvcc()) and not options.no_cuda:

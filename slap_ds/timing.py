@@ -10,6 +10,32 @@ from typing import Any
 import torch
 
 
+def start_peak(device: torch.device) -> None:
+    """From here on `peak_gib` counts anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Most memory of a GPU that tensors have held since `start_peak`; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+@contextmanager
+def phase_range(phase: str, cuda: bool) -> Iterator[None]:
+    """A range of this name in torch's traces and, on a GPU, in NVTX's; costs microseconds."""
+    if cuda:
+        torch.cuda.nvtx.range_push(phase)
+    try:
+        with torch.profiler.record_function(f"slap_ds: {phase}"):
+            yield
+    finally:
+        if cuda:
+            torch.cuda.nvtx.range_pop()
+
+
 class Stopwatch:
     """Seconds per phase: `with watch("score"): ...`, then `watch.seconds()["score_s"]`.
 
@@ -26,7 +52,8 @@ class Stopwatch:
     def __call__(self, phase: str) -> Iterator[None]:
         start = self._now()
         try:
-            yield
+            with phase_range(phase, self._cuda):
+                yield
         finally:
             self._spans.append((f"{phase}_s", start, self._now()))
 

@@ -12,14 +12,30 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "SLAP_CACHE_DIR" not in os.environ:
     os.environ["SLAP_CACHE_DIR"] = tempfile.mkdtemp(prefix="slap-cache-")
     atexit.register(shutil.rmtree, os.environ["SLAP_CACHE_DIR"], ignore_errors=True)
-if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def asks_for_gpu(markers):
+    """Whether `-m markers` selects the tests marked `gpu`; all others are tests of the CPU."""
+    if not markers:
+        return False
+    chosen = Expression.compile(markers).evaluate
+    ours = ({"gpu"}, {"gpu", "multigpu"})  # what their tests are marked with
+    return any(chosen(lambda name, /, marks=marks, **_: name in marks) for marks in ours)
+
+
+def pytest_configure(config):
+    if not asks_for_gpu(config.getoption("markexpr")):
+        # Ranks of gloo, and DeepSpeed's CPU accelerator, on a machine that has GPUs too.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
 
 FAULTS = pytest.StashKey[dict]()
 

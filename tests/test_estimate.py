@@ -47,8 +47,9 @@ def test_each_stage_divides_what_it_divides(tmp_path):
     found = {s: of(model, tmp_path, settings={"stage": s}) for s in (0, 1, 2, 3)}
     for stage, e in found.items():
         ranks = [8 if stage >= first else 1 for first in (3, 2, 1)]
+        summed = 4 if stage >= 2 else 2  # in float32 where they are divided
         for part, each, divided in zip(
-            (WEIGHTS, GRADIENTS, OPTIMIZER), (2, 2, 12), ranks, strict=True
+            (WEIGHTS, GRADIENTS, OPTIMIZER), (2, summed, 12), ranks, strict=True
         ):
             assert e.memory_gib[part] == pytest.approx(count * each / divided / GIB), (stage, part)
         assert (e.memory_gib[GATHERED] > 0) == (stage == 3)

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "../slap_fps.h"
+#include "../sound.h"
 #include "kernels.h"
 #include "team.h"
 
@@ -31,7 +32,6 @@ namespace slap {
 namespace {
 
 constexpr int kMaxBlock = 1024;
-constexpr int64_t kMaxDimensions = 65536;
 // Below this many pair-dimensions (some 50 us of one core) a pass is not worth waking threads for.
 constexpr int64_t kParallelWork = 1 << 22;
 // The filter's fixed cost (packing, bounds) needs rows of some length to pay.
@@ -508,39 +508,6 @@ int32_t MeasureAutoPath() {
   if (!Supports(SLAP_FPS_AVX512)) return SLAP_FPS_AVX2;
   return TileSeconds(*Avx512Kernels()) < TileSeconds(*Avx2Kernels()) ? SLAP_FPS_AVX512
                                                                      : SLAP_FPS_AVX2;
-}
-
-bool InRange(const int64_t* ids, int64_t n, int64_t count) {
-  return std::all_of(ids, ids + n, [count](int64_t id) { return id >= 0 && id < count; });
-}
-
-// Whatever could index out of bounds or never end. Messages are the caller's business.
-bool IsSound(const SlapFpsProblem& p) {
-  if (p.n < 1 || p.n > std::numeric_limits<int32_t>::max() || p.d < 1 || p.d > kMaxDimensions ||
-      p.k < 1 || p.g < 0 || p.m < 1 || p.m > p.n || p.first < 0 || p.first >= p.n ||
-      p.features == nullptr || p.budgets == nullptr) {
-    return false;
-  }
-  int64_t sum = 0;
-  for (int64_t k = 0; k < p.k; ++k) {
-    if (p.budgets[k] < 0 || p.budgets[k] > p.n) return false;
-    sum += p.budgets[k];
-  }
-  if (sum != p.m || (p.strata == nullptr && p.k != 1)) return false;
-  if (p.strata != nullptr && !InRange(p.strata, p.n, p.k)) return false;
-  const int64_t opening =
-      std::find_if(p.budgets, p.budgets + p.k, [](int64_t b) { return b > 0; }) - p.budgets;
-  if (p.strata != nullptr && p.strata[p.first] != opening) return false;
-  if (p.g == 0) return true;
-  if (p.groups == nullptr || p.quotas == nullptr || !InRange(p.groups, p.n, p.g)) return false;
-  std::vector<int64_t> sizes(p.g, 0);
-  for (int64_t i = 0; i < p.n; ++i) ++sizes[p.groups[i]];
-  int64_t room = 0;
-  for (int64_t g = 0; g < p.g; ++g) {
-    if (p.quotas[g] < 0) return false;
-    room += std::min(p.quotas[g], sizes[g]);
-  }
-  return room >= p.m && p.quotas[p.groups[p.first]] > 0;
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #ifndef SLAP_TESTS_CUDA_EMULATION_H_
 #define SLAP_TESTS_CUDA_EMULATION_H_
 
+#include <setjmp.h>
 #include <stdint.h>
 #include <ucontext.h>
 
@@ -30,24 +31,40 @@ struct dim3 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct int2 {
+  int x, y;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 using std::max;
 using std::min;
 
+inline float __double2float_rd(double value) {
+  const float near = static_cast<float>(value);
+  return near > value ? std::nextafter(near, -INFINITY) : near;
+}
+inline float __double2float_ru(double value) {
+  const float near = static_cast<float>(value);
+  return near < value ? std::nextafter(near, INFINITY) : near;
+}
+
 namespace emulation {
 
 constexpr size_t kStack = 64 * 1024;
 
+// Switched by setjmp and longjmp: swapcontext costs a system call each time.
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start{};
+  jmp_buf context;
+  bool started = false;
   std::unique_ptr<char[]> stack;
   bool finished = false;
   bool waiting = false;
 };
 
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers(1024);  // never resized: a context holds pointers into itself
+inline jmp_buf scheduler;
 inline size_t current = 0;
 inline const std::function<void()>* body = nullptr;
 inline std::vector<float4> dynamic_shared;
@@ -56,7 +73,19 @@ inline dim3 thread_index, block_index, block_size, grid_size;
 inline void Enter() {
   (*body)();
   fibers[current].finished = true;
-  swapcontext(&fibers[current].context, &scheduler);
+  _longjmp(scheduler, 1);
+}
+
+// Back to the scheduler, until it comes round to this fiber again.
+inline void GiveWay() {
+  if (_setjmp(fibers[current].context) == 0) _longjmp(scheduler, 1);
+}
+
+inline void Resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.context, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
 // Waits until every unfinished thread of [begin, end) waits here too.
@@ -79,23 +108,22 @@ inline void Barrier(size_t begin, size_t end) {
       std::fprintf(stderr, "cuda_emulation: thread %zu waits for ever at a barrier\n", self);
       std::abort();
     }
-    swapcontext(&fibers[self].context, &scheduler);
+    GiveWay();
   }
 }
 
 inline void RunBlock(const std::function<void()>& kernel) {
   const size_t threads = block_size.x;
   body = &kernel;
-  if (fibers.size() < threads) fibers.resize(threads);
   for (size_t i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
-    fiber.finished = fiber.waiting = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, Enter, 0);
+    fiber.finished = fiber.waiting = fiber.started = false;
+    if (fiber.start.uc_stack.ss_sp == nullptr) getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, Enter, 0);
   }
   for (bool running = true; running;) {
     running = false;
@@ -104,7 +132,7 @@ inline void RunBlock(const std::function<void()>& kernel) {
       running = true;
       current = i;
       thread_index.x = static_cast<unsigned>(i);
-      swapcontext(&scheduler, &fibers[i].context);
+      Resume(fibers[i]);
     }
   }
 }
@@ -135,6 +163,44 @@ auto Exchange(T value, Use use) {
   return result;
 }
 
+// mma.m16n8k16 of bfloat16, by a machine that is as imprecise as csrc/cuda/filter.cuh allows for:
+// each of 17 addends may be cut at 2^-22 of the largest, and all errors lower the sum.
+struct Fragments {
+  unsigned a[4], b[2];
+};
+inline double Half(const unsigned* words, int index) {
+  const unsigned bits = (words[index / 2] >> (index % 2 * 16)) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline void MultiplyAdd(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  const int lane = static_cast<int>(current % 32);
+  Fragments own;
+  std::memcpy(own.a, a, sizeof own.a);
+  std::memcpy(own.b, b, sizeof own.b);
+  struct Four {
+    float value[4];
+  };
+  const Four result = Exchange(own, [&](const Fragments* all) {
+    Four out;
+    for (int e = 0; e < 4; ++e) {
+      double sum = acc[e], largest = std::fabs(acc[e]);
+      for (int k = 0; k < 16; ++k) {
+        const int word = k / 8 * 2 + e / 2;  // of A: rows 0 and 8, then columns 8 on
+        const Fragments& row = all[lane / 4 * 4 + k % 8 / 2];
+        const Fragments& column = all[(lane % 4 * 2 + e % 2) * 4 + k % 8 / 2];
+        const double product = Half(&row.a[word], k % 2) * Half(&column.b[k / 8], k % 2);
+        sum += product;
+        largest = std::max(largest, std::fabs(product));
+      }
+      out.value[e] = __double2float_rd(sum - 17 * 0x1p-22 * largest);
+    }
+    return out;
+  });
+  std::memcpy(acc, result.value, sizeof result.value);
+}
+
 }  // namespace emulation
 
 #define threadIdx emulation::thread_index
@@ -146,6 +212,8 @@ auto Exchange(T value, Use use) {
   emulation::Launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
 
 inline void __syncthreads() { emulation::Barrier(0, emulation::block_size.x); }
+
+inline void __syncwarp() { emulation::Barrier(emulation::WarpBegin(), emulation::WarpEnd()); }
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -177,6 +245,7 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 }
 inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
 
 template <typename T>
 T atomicAdd(T* to, T value) {
@@ -194,6 +263,12 @@ template <typename T>
 T atomicMax(T* to, T value) {
   const T before = *to;
   *to = std::max(*to, value);
+  return before;
+}
+template <typename T>
+T atomicMin(T* to, T value) {
+  const T before = *to;
+  *to = std::min(*to, value);
   return before;
 }
 
@@ -222,6 +297,14 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaMalloc(void** to, size_t bytes) {
+  *to = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
   std::memcpy(to, from, bytes);
   return cudaSuccess;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +26,8 @@ def describe(device: torch.device | None = None) -> dict[str, str]:
         if device is not None and device.type == "cuda"
         else "cpu"
     )
-    out["commit"] = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
+    changed = _git("status", "--porcelain")
+    out["commit"] = _git("rev-parse", "HEAD") + ("+" if changed not in ("", "unknown") else "")
     return out
 
 
@@ -40,6 +42,8 @@ def _cores() -> int:
 
 
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return "unknown"
     result = subprocess.run(
         ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )

@@ -84,7 +84,8 @@ def changed_settings(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[
     Where a run lies, what it saves and how it evaluates are left out: they train nothing.
     """
     before, now = _flat(checkpoint.manifest.get("config") or config), _flat(config)
-    keys = [k for k in now if k.split(".")[0] not in ("run_dir", "checkpoint", "evaluation")]
+    outside = ("run_dir", "checkpoint", "evaluation", "profile")
+    keys = [k for k in now if k.split(".")[0] not in outside]
     return {k: [before[k], now[k]] for k in keys if k in before and before[k] != now[k]}
 
 

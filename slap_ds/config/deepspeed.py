@@ -103,6 +103,10 @@ def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict
     }.items():
         if settings.setdefault(key, value) != value:
             problems.append(f"{key} is {settings[key]!r}, this run needs {value!r}")
+    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if config.model.dtype == "bfloat16" and zero["stage"] in (2, 3) and not offloads:
+        # In bfloat16 the sum loses more with every row. (A host's memory is too dear for it.)
+        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if zero["stage"] not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage is {zero.get('stage')!r}, expected 0, 1, 2 or 3")
     for key in ("offload_optimizer", "offload_param"):

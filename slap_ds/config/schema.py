@@ -323,6 +323,9 @@ class EngineConfig(Section):
     stop_timeout_s: float = Field(120.0, gt=0)
     """Seconds from SIGTERM or SIGUSR1 to the end in any case, saved or not; a checkpoint that is
     being written is not cut off while its files grow."""
+    deterministic: bool = False
+    """On a GPU: kernels that give the same bits every time, where torch has them; slower. What has
+    none is an error when it is met. CPUs need no such thing."""
 
 
 class CheckpointConfig(Section):
@@ -360,6 +363,21 @@ class EvaluationConfig(Section):
     """Write every sample's loss to eval_samples.jsonl, for intervals over samples."""
 
 
+class ProfileConfig(Section):
+    """`profile`: traces of some steps, for chrome://tracing or perfetto."""
+
+    steps: tuple[int, int] | None = None
+    """First and last step of the trace, counted from 0; every rank writes profile/rank-N.json into
+    run_dir, with the phases of the step as ranges (in NVTX too); default: none."""
+
+    @field_validator("steps")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 <= value[0] <= value[1]:
+            raise ValueError(f"steps is {list(value)}, expected [first, last], 0 <= first <= last")
+        return value
+
+
 class Config(Section):
     """A run."""
 
@@ -381,6 +399,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @field_validator("run_dir")
     @classmethod
@@ -407,6 +426,14 @@ class Config(Section):
             raise ValueError(
                 "step.balance deal moves picks to other ranks, step.forward reuse keeps their "
                 "activations where they were scored: choose quota or none"
+            )
+        if self.engine.deterministic and self.model.attention.startswith(
+            ("flex_attention", "flash_attention_3", "flash_attention_4")
+        ):
+            raise ValueError(
+                "engine.deterministic: the backward of model.attention "
+                f"{self.model.attention} adds in no fixed order: choose packed, sdpa, eager or "
+                "flash_attention_2"
             )
         if self.step.forward == "reuse" and not self.model.gradient_checkpointing:
             raise ValueError("step.forward reuse needs model.gradient_checkpointing")

@@ -38,6 +38,7 @@ class PackedRow(NamedTuple):
     weights: Tensor  # (n,) float32: each sample's weight in the loss
     lengths: tuple[int, ...]  # tokens of each sample; (1,) in an empty row
     where: tuple[int, ...]  # (n,) each sample's position in the candidate batch
+    response: Positions  # (R,) on the host: the tokens that have a target, ascending
 
     @property
     def tokens(self) -> int:
@@ -45,9 +46,10 @@ class PackedRow(NamedTuple):
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> PackedRow:
-        """The row on another device."""
+        """The row on another device; the host does not wait for the copies."""
+        pinned = device.type == "cuda"  # from pageable memory a copy waits for the stream
         moved: Any = {
-            name: part.to(device, non_blocking=True)
+            name: (part.pin_memory() if pinned else part).to(device, non_blocking=True)
             for name, part in self._asdict().items()
             if isinstance(part, Tensor)
         }
@@ -58,6 +60,12 @@ class PackedRow(NamedTuple):
         """(n,) int64 on the CPU: `where` as a tensor."""
         return torch.tensor(self.where, dtype=torch.int64)
 
+    @property
+    def response_sample(self) -> Positions:
+        """(R,) which sample of the row each response token is of."""
+        ends = np.cumsum(self.lengths)
+        return np.searchsorted(ends, self.response, side="right").astype(np.int64)
+
     @staticmethod
     def empty() -> PackedRow:
         """A row without samples: one token that trains nothing.
@@ -67,7 +75,15 @@ class PackedRow(NamedTuple):
         zero = torch.zeros(1, dtype=torch.int64)
         ends = torch.tensor([0, 1], dtype=torch.int32)
         return PackedRow(
-            zero[None], zero[None], zero + IGNORE, zero, ends, torch.zeros(0), (1,), ()
+            input_ids=zero[None],
+            position_ids=zero[None],
+            targets=zero + IGNORE,
+            sample=zero,
+            cu_seqlens=ends,
+            weights=torch.zeros(0),
+            lengths=(1,),
+            where=(),
+            response=np.zeros(0, dtype=np.int64),
         )
 
 
@@ -133,15 +149,17 @@ def make_row(samples: Sequence[Candidate]) -> PackedRow:
         trained = np.where(sample.mask[1:], sample.ids[1:], IGNORE)
         targets.append(np.append(trained, IGNORE))
     lengths = [len(sample.ids) for sample in samples]
+    flat = np.concatenate(targets)
     return PackedRow(
         input_ids=_int64(np.concatenate([s.ids for s in samples]))[None],
         position_ids=_int64(np.concatenate([np.arange(n) for n in lengths]))[None],
-        targets=_int64(np.concatenate(targets)),
+        targets=_int64(flat),
         sample=_int64(np.repeat(np.arange(len(samples)), lengths)),
         cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         weights=torch.tensor([s.weight for s in samples], dtype=torch.float32),
         lengths=tuple(lengths),
         where=tuple(s.position for s in samples),
+        response=(flat != IGNORE).nonzero()[0],
     )
 
 

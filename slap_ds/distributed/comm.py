@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from slap_ds.compat import all_gather_flat
 from slap_ds.distributed.heart import Heart
 from slap_ds.distributed.peers import Peers
 from slap_ds.scoring import Scores
+from slap_ds.scoring.response import to_device
 from slap_ds.selection import Selection
 
 
@@ -78,7 +80,7 @@ class Comm:
             RankDisagreement: some rank is at another step or phase.
         """
         self.heart.beat(phase, step)
-        if self.device.type == "cuda":  # the device's backlog is this rank's own work
+        if self.world > 1 and self.device.type == "cuda":  # its backlog is this rank's own work
             torch.cuda.synchronize()
         started = time.perf_counter()
         mine = torch.tensor([step, _code(phase), *values], dtype=torch.int64)
@@ -130,32 +132,16 @@ class Comm:
         Raises:
             RankDisagreement: a rank is at another step, or the shares do not make up the batch.
         """
-        counts = self.exchange(step, "gather sizes", [len(local.positions)])[:, 0]
-        mine = _pack(local)
-        room = max(_bytes(local, int(n)) for n in counts)
-        padded = torch.zeros(room, dtype=torch.uint8, device=mine.device)
-        padded[: len(mine)] = mine
-        table = self._all_gather(padded, "gather")
-        shares = [_unpack(row, int(n), local) for row, n in zip(table, counts, strict=True)]
-        positions = torch.cat([share.positions for share in shares])
-        order = torch.argsort(positions)
-        if not torch.equal(positions[order].cpu(), torch.arange(candidates)):
-            raise RankDisagreement(
-                f"step {step}: the gathered shares hold {len(positions)} candidates "
-                f"({counts.tolist()} by rank), not each of the {candidates} once"
-            )
-        diagonals = [share.diagonal for share in shares if share.diagonal is not None]
-        gradients = [share.gradient for share in shares if share.gradient is not None]
-        extras = [share.extras for share in shares if share.extras is not None]
-        return Scores(
-            positions=positions[order],
-            loss=torch.cat([share.loss for share in shares])[order],
-            tokens=torch.cat([share.tokens for share in shares])[order],
-            gradient=torch.cat(gradients)[order] if gradients else None,
-            diagonal=torch.stack(diagonals).double().sum(0) if diagonals else None,
-            diagonal_tokens=sum(share.diagonal_tokens for share in shares),
-            extras=torch.cat(extras)[order] if extras else None,
-        )
+        mine = [len(local.positions), local.diagonal_tokens]
+        told = self.exchange(step, "gather sizes", mine).tolist()
+        if self.world == 1:
+            return _in_order(step, [local], candidates)
+        room = -(-max(_bytes(local, n) for n, _ in told) // 8) * 8  # rows begin at whole numbers
+        payload = torch.zeros(room, dtype=torch.uint8, device=local.loss.device)
+        _pack(local, payload)
+        table = self._all_gather(payload, "gather")
+        rows = zip(table, told, strict=True)
+        return _in_order(step, [_unpack(row, local, *sizes) for row, sizes in rows], candidates)
 
     def broadcast_picks(self, step: int, selection: Selection | None) -> Selection:
         """Rank 0's selection, on every rank; the others pass None.
@@ -243,18 +229,48 @@ def _code(phase: str) -> int:
     return zlib.crc32(phase.encode())
 
 
-def _pack(scores: Scores) -> Tensor:
-    """The bytes of a rank's share: 8-byte numbers first, the sketch in the dtype it has."""
-    device = scores.loss.device  # positions come from the rows, which stay on the CPU
-    count = torch.tensor([scores.diagonal_tokens], device=device)
-    parts = [count, scores.positions.to(device), scores.tokens, scores.loss.float()]
-    if scores.diagonal is not None:
-        parts.append(scores.diagonal.float())
-    if scores.extras is not None:
-        parts.append(scores.extras.float())
-    if scores.gradient is not None:
-        parts.append(scores.gradient)
-    return torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
+def _in_order(step: int, shares: Sequence[Scores], candidates: int) -> Scores:
+    """The whole batch in candidate order; the sketches, which are large, are copied once."""
+    positions = torch.cat([share.positions for share in shares]).cpu()
+    if not torch.equal(positions.sort().values, torch.arange(candidates)):
+        raise RankDisagreement(
+            f"step {step}: the gathered shares hold {len(positions)} candidates "
+            f"({[len(share.positions) for share in shares]} by rank), not each of the "
+            f"{candidates} once"
+        )
+
+    def placed(field: str, dtype: torch.dtype | None = None) -> Any:
+        """(N, ...): each share's rows at their positions."""
+        parts = [getattr(share, field) for share in shares]
+        if parts[0] is None:
+            return None
+        whole = parts[0].new_empty((candidates, *parts[0].shape[1:]), dtype=dtype)
+        for share, part in zip(shares, parts, strict=True):
+            whole[to_device(share.positions, part.device)] = part.to(dtype or part.dtype)
+        return whole
+
+    diagonals = [share.diagonal.float() for share in shares if share.diagonal is not None]
+    return Scores(
+        positions=torch.arange(candidates),
+        loss=placed("loss", torch.float32),
+        tokens=placed("tokens"),
+        gradient=placed("gradient"),
+        diagonal=torch.stack(diagonals).double().sum(0) if diagonals else None,
+        diagonal_tokens=sum(share.diagonal_tokens for share in shares),
+        extras=placed("extras", torch.float32),
+    )
+
+
+def _pack(scores: Scores, into: Tensor) -> None:
+    """Write a rank's share into bytes: 8-byte numbers first, the sketch in the dtype it has."""
+    parts = [scores.positions, scores.tokens, scores.loss.float()]
+    parts += [p.float() for p in (scores.diagonal, scores.extras) if p is not None]
+    parts += [scores.gradient] if scores.gradient is not None else []
+    begin = 0
+    for part in parts:
+        end = begin + part.numel() * part.element_size()
+        into[begin:end].view(part.dtype).copy_(part.reshape(-1))
+        begin = end
 
 
 def _sizes(like: Scores, n: int) -> list[int]:
@@ -264,29 +280,29 @@ def _sizes(like: Scores, n: int) -> list[int]:
         sketch = like.gradient.shape[1] * like.gradient.element_size()
     diagonal = 0 if like.diagonal is None else 4 * len(like.diagonal)
     extras = 0 if like.extras is None else 4 * like.extras.shape[1]
-    return [8, 8 * n, 8 * n, 4 * n, diagonal, extras * n, sketch * n]
+    return [8 * n, 8 * n, 4 * n, diagonal, extras * n, sketch * n]
 
 
 def _bytes(like: Scores, n: int) -> int:
     return sum(_sizes(like, n))
 
 
-def _unpack(row: Tensor, n: int, like: Scores) -> Scores:
-    """Undo `_pack` for a rank's row with n candidates."""
+def _unpack(row: Tensor, like: Scores, n: int, diagonal_tokens: int) -> Scores:
+    """Undo `_pack` for a rank's row with n candidates: views of it, nothing is copied."""
     parts = row[: _bytes(like, n)].split(_sizes(like, n))
-    count, positions, tokens, loss, diagonal, side, sketch = parts
+    positions, tokens, loss, diagonal, side, sketch = parts
     gradient, extras = None, None
     if like.extras is not None:
-        extras = _as(side, torch.float32).view(n, like.extras.shape[1])
+        extras = side.view(torch.float32).view(n, like.extras.shape[1])
     if like.gradient is not None:
-        gradient = _as(sketch, like.gradient.dtype).view(n, like.gradient.shape[1])
+        gradient = sketch.view(like.gradient.dtype).view(n, like.gradient.shape[1])
     return Scores(
-        positions=_as(positions, torch.int64),
-        loss=_as(loss, torch.float32),
-        tokens=_as(tokens, torch.int64),
+        positions=positions.view(torch.int64),
+        loss=loss.view(torch.float32),
+        tokens=tokens.view(torch.int64),
         gradient=gradient,
-        diagonal=None if like.diagonal is None else _as(diagonal, torch.float32),
-        diagonal_tokens=int(_as(count, torch.int64)),
+        diagonal=None if like.diagonal is None else diagonal.view(torch.float32),
+        diagonal_tokens=diagonal_tokens,
         extras=extras,
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 from slap_ds.config.schema import Config
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine.base import Engine, TrainStats
+from slap_ds.engine.deterministic import make_deterministic
 from slap_ds.engine.plain import TorchEngine
 from slap_ds.engine.process_group import (
     build_extensions,
@@ -29,6 +30,8 @@ from slap_ds.errors import PortTaken, RankError
 
 def make_engine(config: Config, model_config: Any, comm: Comm) -> Engine:
     """The engine that `config.engine.kind` names, around a model of `model_config`."""
+    if config.engine.deterministic:
+        make_deterministic()
     if config.engine.kind == "torch":
         return TorchEngine(config, model_config)
     return DeepSpeedEngine(config, model_config, comm)

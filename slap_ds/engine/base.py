@@ -112,13 +112,13 @@ class Engine(ABC):
             losses.append(part.detach().double())
             with watch("backward"):
                 self._backward(part, total_weight, last=i == len(rows) - 1)
+        boundary_bytes = 0
+        if replay:  # the optimizer needs the memory too
+            boundary_bytes = self._inputs().peak_bytes
+            self._inputs().stop()
         self.heart.beat("optimizer step")
         with watch("optimizer"):
             grad_norm = self._step()
-        boundary_bytes = 0
-        if replay:
-            boundary_bytes = self._inputs().peak_bytes
-            self._inputs().stop()
         each = torch.stack(losses).tolist()
         bad = [row.where for row, loss in zip(rows, each, strict=True) if not math.isfinite(loss)]
         broken = tuple(itertools.chain.from_iterable(bad))

@@ -65,16 +65,15 @@ class TorchEngine(Engine):
         for parameter, master in self._copies():
             master.grad = None if parameter.grad is None else parameter.grad.float()
         limit = self.config.optimizer.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, limit)
-        finite = bool(torch.isfinite(norm))
-        if finite:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, limit))
+        if math.isfinite(norm):
             self.optimizer.step()
             with torch.no_grad():
                 for parameter, master in self._copies():
                     parameter.copy_(master)
         self.optimizer.zero_grad()
         self.model.zero_grad()
-        return float(norm) if finite else math.inf
+        return norm if math.isfinite(norm) else math.inf
 
     def _copies(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """(weight, its float32 master) where those are two."""

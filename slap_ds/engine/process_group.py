@@ -53,6 +53,8 @@ def start_ranks(config: Config, dog: Watchdog | None = None) -> Comm:
     heart.beat("joining the ranks")
     if get_accelerator().device_name() == "cuda":
         take_gpu(place.local_rank)
+    # NCCL's own watchdog would end the process before ours can say who has gone.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     waiting = datetime.timedelta(seconds=config.engine.start_timeout_s + _MARGIN_S)
     try:
         with _no_shared_buffers():

@@ -7,6 +7,7 @@ values are the same in whatever row it lies.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,18 +63,11 @@ def packed_attention(
             "sinks, which packed attention does not: set model.attention to eager"
         )
     assert attention_mask is None, "packed attention takes its structure from the samples' lengths"
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and _packed is not None and not dropout:
-        out = _packed(
-            *(x[0].transpose(0, 1).contiguous() for x in _same_heads(query, key, value)),
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max(sample_lengths),
-            max(sample_lengths),
-            scale=scaling,
-            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        )
-        return out[None], None
+    if _packed is not None and not dropout and has_kernel(query, value):
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        options = {"scale": scaling, "window_size": window}
+        longest = max(sample_lengths)
+        return _varlen(query, key, value, cu_seq_lens_q, longest, options)[None], None
     parts = []
     for q, k, v in zip(
         query.split(list(sample_lengths), 2),
@@ -94,6 +88,31 @@ def packed_attention(
         )
         parts.append(out.transpose(1, 2))
     return torch.cat(parts, 1), None
+
+
+def has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's variable-length attention can run these: on a GPU, in half precision, heads
+    of one width that is a multiple of 8 and at most 256."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    width = query.shape[-1]
+    return query.is_cuda and half and width % 8 == 0 and width <= 256 and value.shape[-1] == width
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, options: dict[str, Any]
+) -> Tensor:
+    """(1, H, T, d), (1, H_kv, T, d) twice -> (T, H, d), by whatever this torch's function takes."""
+    assert _packed is not None
+    known = inspect.signature(_packed).parameters
+    if "enable_gqa" in known:  # torch 2.13; without it 2.11 shares heads by itself or not at all
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:
+        query, key, value = _same_heads(query, key, value)
+    if "num_splits" in known:  # else a sample's bits depend on what else is in the row
+        options["num_splits"] = 1
+    rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    out: Tensor = _packed(*rows, ends, ends, longest, longest, **options)
+    return out
 
 
 def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from slap_ds.scoring import (
     Head,
     HeadScores,
     Recorded,
+    Response,
     Tail,
     Wants,
     WeightedTokenLoss,
@@ -112,7 +114,7 @@ class PackedCausalLM(nn.Module):
         scale, cap = self.logits
         scaled = hidden if scale == 1 else hidden * scale
         loss: Tensor = WeightedTokenLoss.apply(  # type: ignore[no-untyped-call]
-            scaled, weight, bias, row.targets, token_weight, self.chunk_tokens, cap
+            scaled, weight, bias, row.targets, token_weight, self.chunk_tokens, cap, _response(row)
         )
         return loss
 
@@ -127,11 +129,7 @@ class PackedCausalLM(nn.Module):
     ) -> HeadScores:
         scale, cap = self.logits
         head = Head(weight, bias, cap)
-        kept = None
-        if wants.token_share < 1 and row.where:
-            position = row.positions.to(row.sample.device)[row.sample]
-            offset = row.position_ids[0]
-            kept = token_subset(wants.seed, wants.step, position, offset, wants.token_share)
+        response = _response(row, wants)
         scores = score_head(
             hidden,
             head,
@@ -141,7 +139,7 @@ class PackedCausalLM(nn.Module):
             wants,
             chunk_tokens=self.chunk_tokens,
             scale=scale,
-            kept=kept,
+            response=response,
         )
         if record is None:
             return scores
@@ -156,12 +154,25 @@ class PackedCausalLM(nn.Module):
             wants,
             chunk_tokens=self.chunk_tokens,
             scale=scale,
+            response=response,
         )
 
     def _recorder(self, wants: Wants | None) -> AbstractContextManager[Recorded | None]:
         if wants is None or not wants.blocks:
             return nullcontext()
         return recorded(self.lm, wants.blocks)
+
+
+def _response(row: PackedRow, wants: Wants | None = None) -> Response:
+    """The row's response tokens, and which of them count for the diagonal where `wants` says so."""
+    sample, kept = row.response_sample, None
+    if wants is not None and wants.token_share < 1:
+        begins = np.cumsum((0, *row.lengths))
+        position = row.positions[sample]
+        offset = torch.from_numpy(row.response - begins[sample])
+        share = wants.token_share
+        kept = token_subset(wants.seed, wants.step, position, offset, share).numpy()
+    return Response(row.response, sample, kept)
 
 
 def _structure(config: Any, row: PackedRow) -> dict[str, Any]:

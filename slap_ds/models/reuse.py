@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from slap_ds.data.packing import PackedRow
 from slap_ds.models.blocks import Args, Checkpointing, Named, Run, find_blocks, hidden_of, own
+from slap_ds.models.host_copies import Arriving, HostCopies
 from slap_ds.models.recompute import Recompute
 
 Mode = Literal["train", "score", "replay"]
@@ -51,7 +52,8 @@ class BlockInputs(Checkpointing):
         self._recorded: list[list[Tensor]] = []  # [boundary 0..L][scored row] -> (T, E)
         # [row to replay][boundary 0..L] -> pieces of (T, E), one unless they lie on the host
         self._cuts: list[list[list[Tensor]]] = []
-        self._current: list[Tensor] = []  # the row being replayed
+        self._current: list[Arriving] = []  # the row being replayed
+        self.copies = HostCopies()
         self.peak_bytes = 0  # most bytes of boundaries held at once since start_scoring
 
     def start_scoring(self) -> None:
@@ -118,12 +120,10 @@ class BlockInputs(Checkpointing):
                 start += length
         elif self.mode == "replay":
             device = row.input_ids.device
-            self._current = [
-                torch.cat([piece.to(device, non_blocking=True) for piece in pieces])
-                if len(pieces) > 1
-                else pieces[0].to(device, non_blocking=True)
-                for pieces in self._cuts.pop(0)
-            ]
+            self._current = []  # before the next row is loaded: one is on the device at a time
+            # The last first: the backward asks for them in this order.
+            cuts = [self.copies.load(pieces, device) for pieces in reversed(self._cuts.pop(0))]
+            self._current = cuts[::-1]
 
     def compute(self, block: nn.Module, run: Run, args: Args, named: Named) -> Any:
         """Rows that are neither recorded nor replayed are trained with ordinary checkpointing."""
@@ -142,12 +142,16 @@ class BlockInputs(Checkpointing):
         run = _bound(run, args[1:], named)
         if self.mode == "score":
             return self._score(i, hidden, run)
-        before, after = self._current[i][None], self._current[i + 1][None]
+        arriving, after = self._current[i], self._current[i + 1].tensor[None]
+        if i == self._last:  # nobody looks at the values of the others' outputs
+            self._current[i + 1].wait()
 
         def again(x: Tensor) -> Tensor:
+            arriving.wait()
             with self.held(block):
                 return hidden_of(run(x))
 
+        before = arriving.tensor[None]
         out = _Replay.apply(hidden, before, after, again)  # type: ignore[no-untyped-call]
         return out if self._rest is None else (out, *self._rest)
 
@@ -166,10 +170,7 @@ class BlockInputs(Checkpointing):
 
     def _record(self, boundary: int, hidden: Tensor) -> None:
         kept = hidden[0].detach()
-        if self.on_host and kept.is_cuda:
-            pinned = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
-            kept = pinned.copy_(kept, non_blocking=True)
-        self._recorded[boundary].append(kept)
+        self._recorded[boundary].append(self.copies.keep(kept) if self.on_host else kept)
 
     def _cut(self, scored: list[Tensor], row: PackedRow) -> list[Tensor]:
         """A row's tokens of one boundary, cut out of the scored rows: (T, E) in pieces."""

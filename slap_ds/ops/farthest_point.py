@@ -84,12 +84,14 @@ def _op(
 def run_plan(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """A checked request on the fastest path there is: picks (M,), their squared distances (M,) and
     each point's (N,), on the features' device or the CPU."""
-    if features.is_cuda and not isinstance(cuda := native.cuda_library(), str):
+    if features.is_cuda:
         # The library launches on the current device: without the guard, rank 1's kernels would be
         # queued on GPU 0.
         with torch.cuda.device(features.device):
-            stream = torch.cuda.current_stream(features.device).cuda_stream
-            return native.farthest_point_cuda(cuda, features, plan, stream=stream)
+            cuda = native.usable_cuda_library(features.device)
+            if not isinstance(cuda, str):
+                stream = torch.cuda.current_stream(features.device).cuda_stream
+                return native.farthest_point_cuda(cuda, features, plan, stream=stream)
     library = native.cpu_library()
     if isinstance(library, str):
         return fallback.farthest_point(features.cpu(), plan)
@@ -120,6 +122,8 @@ def active_path() -> tuple[str, str]:
     The GPU's where there is a GPU, for features on it; else the one that features on the CPU take.
     """
     cuda = native.cuda_library()
+    if torch.cuda.is_available() and not isinstance(cuda, str):
+        cuda = native.usable_cuda_library(torch.device("cuda", torch.cuda.current_device()))
     if torch.cuda.is_available() and not isinstance(cuda, str):
         return "cuda", f"{torch.cuda.get_device_name()} and {native.CUDA_LIBRARY.name} are there"
     no_gpu = f"no GPU path: {cuda}" if isinstance(cuda, str) else "no GPU path: PyTorch sees no GPU"

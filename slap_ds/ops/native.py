@@ -91,6 +91,21 @@ def cuda_library() -> ctypes.CDLL | str:
         return str(error)
 
 
+@cache
+def usable_cuda_library(device: torch.device) -> ctypes.CDLL | str:
+    """The CUDA library, or why it is not there or cannot run on this GPU: one tiny selection is
+    tried (a driver may be older than the library, or a GPU than what it was compiled for)."""
+    library = cuda_library()
+    if isinstance(library, str):
+        return library
+    plan = Plan(1, torch.ones(1, dtype=torch.int64), 0, True, None, None, None)
+    try:
+        farthest_point_cuda(library, torch.zeros(1, 1, device=device), plan)
+    except RuntimeError as error:
+        return f"{CUDA_LIBRARY.name} does not run on this GPU ({error})"
+    return library
+
+
 def cpu_paths(library: ctypes.CDLL) -> list[str]:
     """The paths this build and this processor have, slowest first; any gives the same bits."""
     return [path for i, path in enumerate(PATHS) if i > 0 and library.slap_fps_has_path(i)]
@@ -154,5 +169,6 @@ def farthest_point_cuda(
         *(ctypes.c_void_p(out.data_ptr()) for out in (picks, pick_squared, squared)),
     )
     if status != 0:
-        raise RuntimeError(f"slap_fps_cuda: {library.slap_fps_cuda_error().decode()}")
+        why = STATUS.get(status) or library.slap_fps_cuda_error().decode()
+        raise RuntimeError(f"slap_fps_cuda: {why}")
     return picks, pick_squared, squared

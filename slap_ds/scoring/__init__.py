@@ -6,6 +6,7 @@ from slap_ds.scoring.head import HeadScores, score_head
 from slap_ds.scoring.plan import ScoringPlan
 from slap_ds.scoring.probes import token_subset
 from slap_ds.scoring.request import Wants
+from slap_ds.scoring.response import Response
 from slap_ds.scoring.scorer import Scorer, Scores, collect, first_occurrence
 from slap_ds.scoring.softmax import Head
 from slap_ds.scoring.token_loss import WeightedTokenLoss
@@ -15,6 +16,7 @@ __all__ = [
     "Head",
     "HeadScores",
     "Recorded",
+    "Response",
     "Scorer",
     "Scores",
     "ScoringPlan",

@@ -31,6 +31,7 @@ from slap_ds.compat import attention_of, is_deepspeed_name
 from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.probes import signs
 from slap_ds.scoring.request import Wants
+from slap_ds.scoring.response import Response, to_device
 from slap_ds.scoring.softmax import Head
 from slap_ds.scoring.token_loss import HeadGradient
 
@@ -140,14 +141,16 @@ def score_tail(
     *,
     chunk_tokens: int,
     scale: float,
+    response: Response | None = None,
 ) -> HeadScores:
     """`scores` with the blocks' diagonal filled in."""
+    response = response or Response.of(targets, sample)
     dtype = torch.promote_types(record.hidden.dtype, torch.float32)
     x = record.hidden.detach().to(dtype).requires_grad_()
     with torch.enable_grad():
         hidden = tail(x, _to(record.arguments, dtype))
         upstream = scale * HeadGradient.apply(  # type: ignore[no-untyped-call]
-            scale * hidden, head, targets, chunk_tokens
+            scale * hidden, head, targets, chunk_tokens, response
         )
         (gradient,) = torch.autograd.grad(hidden, x, upstream, create_graph=True)
     return _diagonal(gradient, x, sample, scores, wants)
@@ -162,7 +165,8 @@ def _diagonal(
     sum_t gradient_t . z. It is summed sample by sample, so that a broken one can be left out.
     """
     n, width = len(scores.loss), x.shape[-1]
-    z = signs(wants.seed, wants.step, "probes", width, wants.probes).to(x.device, x.dtype)
+    z = signs(wants.seed, wants.step, "probes", width, wants.probes)
+    z = to_device(z, x.device, x.dtype)
     sums = torch.zeros(n, width, dtype=x.dtype, device=x.device)
     for k in range(wants.probes):
         along = z[:, k].expand_as(gradient)
@@ -171,7 +175,8 @@ def _diagonal(
             sums.index_put_((sample,), z[:, k] * product[0], accumulate=True)
     good = torch.isfinite(scores.loss) & torch.isfinite(sums).all(1)
     return scores._replace(
-        diagonal=sums[good].sum(0) / wants.probes, diagonal_tokens=scores.tokens[good].sum()
+        diagonal=torch.where(good[:, None], sums, 0).sum(0) / wants.probes,
+        diagonal_tokens=torch.where(good, scores.tokens, 0).sum(),
     )
 
 

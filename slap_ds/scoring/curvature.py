@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slap_ds.scoring.response import to_device
+
 
 class Curvature:
     """Bias-corrected moving average of the Hessian's diagonal: selector state, saved and restored.
@@ -35,9 +37,9 @@ class Curvature:
 
         A step without tokens or with a non-finite diagonal changes nothing.
         """
-        if tokens < 1 or not torch.isfinite(diagonal_sum).all():
+        mean = diagonal_sum.double().cpu() / max(1, tokens)  # the only wait for a device
+        if tokens < 1 or not torch.isfinite(mean).all():
             return
-        mean = diagonal_sum.double().cpu() / tokens
         if self.average is None:
             self.average = torch.zeros_like(mean)
         self.average = self.decay * self.average + (1 - self.decay) * mean
@@ -62,7 +64,11 @@ class Curvature:
     def precondition(self, gradient: Tensor) -> Tensor:
         """`gradient / D^power`: (N, E) -> (N, E), same dtype and device."""
         scale = self.scale()
-        return gradient if scale is None else gradient * scale.to(gradient)
+        return (
+            gradient
+            if scale is None
+            else gradient * to_device(scale, gradient.device, gradient.dtype)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average}

@@ -28,7 +28,8 @@ from slap_ds.scoring.head_parts import (
     Part,
 )
 from slap_ds.scoring.request import Wants
-from slap_ds.scoring.softmax import Chunk, Head, response_chunks
+from slap_ds.scoring.response import Response, to_device
+from slap_ds.scoring.softmax import Chunk, Head
 
 
 class HeadScores(NamedTuple):
@@ -57,6 +58,7 @@ def score_head(
     chunk_tokens: int,
     scale: float = 1.0,
     kept: Tensor | None = None,
+    response: Response | None = None,
 ) -> HeadScores:
     """Loss per sample, and of what `wants` names the part that is the head's own.
 
@@ -66,7 +68,9 @@ def score_head(
         sample: (T,) int64 in [0, samples).
         scale: the logits are W (scale * h) + b.
         kept: (T,) bool, the tokens that count for the exact diagonal; None: all of them.
+        response: what the host knows of targets, sample and kept; None: the device is asked.
     """
+    response = response or Response.of(targets, sample, kept)
     device, acc = hidden.device, head.acc
     loss = torch.zeros(samples, dtype=acc, device=device)
     tokens = torch.zeros(samples, dtype=torch.int64, device=device)
@@ -87,15 +91,16 @@ def score_head(
     columns = [hidden.shape[1] if name == "hidden" else 1 for name in wants.extras]
     extras = torch.zeros(samples, sum(columns), dtype=acc, device=device)
     place = dict(zip(wants.extras, extras.split(columns, dim=1), strict=True))
-    for t in response_chunks(targets, chunk_tokens):
+    for t, at, counts in response.pieces(chunk_tokens, device):
         h = hidden[t] if scale == 1 else hidden[t] * scale
         chunk = Chunk(
             head,
             h,
             targets[t],
             sample[t],
+            at,
             derivatives=bool(parts),
-            kept=None if kept is None else kept[t],
+            kept=counts,
             errors="el2n" in place,
         )
         loss.index_put_((chunk.sample,), chunk.loss, accumulate=True)
@@ -104,14 +109,15 @@ def score_head(
             place["el2n"].index_put_((chunk.sample,), chunk.error[:, None], accumulate=True)
         if "hidden" in place:
             place["hidden"].index_put_((chunk.sample,), hidden[t].to(acc), accumulate=True)
-        counted += (chunk.finite if chunk.kept is None else chunk.finite & chunk.kept).sum()
-        if wants.diagonal == "exact_head" and kept is None:
+        if diagonal is not None:
+            counted += chunk.finite[chunk.counted].sum()
+        if wants.diagonal == "exact_head" and counts is None:
             _ = chunk.delta  # made here, so that the sketch uses it as well
         for part, product in zip(parts, _products(chunk, parts), strict=True):
             part.add(chunk, product)
         del chunk
     if "nuclear" in place:
-        norms = nuclear_norms(hidden, head, targets, sample, samples, chunk_tokens, scale)
+        norms = nuclear_norms(hidden, head, response, samples, chunk_tokens, scale)
         place["nuclear"].copy_(norms[:, None])
     # The derivatives above are those by scale * h; head_kron's factors cancel.
     first, second = scale, scale**2
@@ -128,8 +134,7 @@ def score_head(
 def nuclear_norms(
     hidden: Tensor,
     head: Head,
-    targets: Tensor,
-    sample: Tensor,
+    response: Response,
     samples: int,
     chunk_tokens: int,
     scale: float = 1.0,
@@ -144,9 +149,8 @@ def nuclear_norms(
     """
     vocab = len(head.weight)
     norms = torch.full((samples,), torch.nan, dtype=head.acc, device=hidden.device)
-    response = targets >= 0
     for i in range(samples):
-        h = hidden[response & (sample == i)]
+        h = hidden[to_device(response.tokens[response.sample == i], hidden.device)]
         if scale != 1:
             h = h * scale
         gram = torch.zeros(len(h), len(h), dtype=torch.float64, device=h.device)
@@ -159,8 +163,9 @@ def nuclear_norms(
                 logits.div_(head.cap).tanh_().mul_(head.cap)
             wide = logits.double()
             gram.addmm_(wide, wide.t())
-        if torch.isfinite(gram).all():
-            norms[i] = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+        finite = torch.isfinite(gram).all()  # eigvalsh refuses what is not
+        roots = torch.linalg.eigvalsh(torch.where(finite, gram, 0)).clamp(min=0).sqrt()
+        norms[i] = torch.where(finite, roots.sum(), torch.nan)
     return norms
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slap_ds.scoring.probes import projection, signs
 from slap_ds.scoring.request import Wants
+from slap_ds.scoring.response import to_device
 from slap_ds.scoring.softmax import Chunk, Head
 
 
@@ -73,10 +74,10 @@ class Kron:
     def __init__(self, head: Head, samples: int, wants: Wants) -> None:
         a, b = wants.size
         width, device = head.weight.shape[1], head.weight.device
-        self.p = projection(wants.seed, "P", a, width).to(device, head.acc)
+        self.p = to_device(projection(wants.seed, "P", a, width), device, head.acc)
         if wants.scale is not None:
-            self.p *= wants.scale.to(self.p)
-        self.q = projection(wants.seed, "Q", b, width).to(device, head.acc)
+            self.p *= to_device(wants.scale, device, head.acc)
+        self.q = to_device(projection(wants.seed, "Q", b, width), device, head.acc)
         self.wp: Tensor | None = None
         self.sum = torch.zeros(samples, a * b, dtype=head.acc, device=device)
 
@@ -120,7 +121,7 @@ class Hvp:
         group = max(1, len(chunk.y) // 8)
         for start in range(low, low + count, group):
             size = min(group, low + count - start)
-            here = (chunk.sample >= start) & (chunk.sample < start + size)
+            here = chunk.of_samples(start, size)
             place = (chunk.sample[here] - start, chunk.y[here])
             bend = chunk.member(chunk.inv, start, size) @ chunk.bend
             bend.index_put_(place, chunk.bend_at[here], accumulate=True)
@@ -193,7 +194,7 @@ class HutchinsonDiagonal:
 def head_probes(head: Head, wants: Wants) -> Tensor:
     """Z (E, m) of random signs, new at every step, the same on every rank."""
     z = signs(wants.seed, wants.step, "probes", head.weight.shape[1], wants.probes)
-    return z.to(head.weight.device, head.acc)
+    return to_device(z, head.weight.device, head.acc)
 
 
 def sums_first(tokens: int, samples: int, width: int) -> bool:

@@ -19,6 +19,7 @@ from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.plan import ScoringPlan
 from slap_ds.scoring.probes import fixed_projection
 from slap_ds.scoring.request import Wants
+from slap_ds.scoring.response import to_device
 from slap_ds.selection import ScoredBatch, Signal
 
 
@@ -67,7 +68,8 @@ def project(gradient: Tensor, wants: Wants) -> Tensor:
     Inner products are kept: E <Px, Py> = <x, y>, Var <Px, Py> <= 2 / D |x|^2 |y|^2.
     """
     assert wants.sketch_dim is not None
-    p = fixed_projection(wants.seed, wants.sketch_dim, gradient.shape[1]).to(gradient)
+    p = fixed_projection(wants.seed, wants.sketch_dim, gradient.shape[1])
+    p = to_device(p, gradient.device, gradient.dtype)
     if wants.scale is not None:
         gradient = gradient * wants.scale.to(gradient)
     return gradient @ p.t()
@@ -104,7 +106,7 @@ class Scorer:
         sketch = self.sketch(scores)
         # Equal samples have equal scores; packing and the number of ranks round them differently
         # in the last bit, and a tie between twins must not be decided by that.
-        first = first_occurrence(content).to(loss.device)
+        first = to_device(first_occurrence(content), loss.device)
         scored = ScoredBatch(loss=loss, sketch=sketch, **self._extras(scores)).take(first)
         return replace(
             scored, validation=None if validation is None else self._mean_sketch(validation)

@@ -21,12 +21,13 @@ m probes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from slap_ds.scoring.response import Booleans, Integers, to_device
 
 
 class Head(NamedTuple):
@@ -49,7 +50,14 @@ class Head(NamedTuple):
     def times_transposed(self, h: Tensor) -> Tensor:
         """(c, E) -> (c, V): rows times W^T."""
         # Not F.linear: under ZeRO-3 DeepSpeed replaces it by a version of its own.
-        return (h.to(self.weight.dtype) @ self.weight.t()).to(self.acc)
+        h, weight = h.to(self.weight.dtype), self.weight
+        if weight.dtype == self.acc:
+            return h @ weight.t()
+        if weight.is_cuda:  # rounded to bfloat16, logits would be off by up to 2^-9 of themselves
+            wide: Tensor = torch.mm(h, weight.t(), out_dtype=self.acc)
+            return wide
+        h = h.to(self.acc)
+        return torch.cat([h @ w.to(self.acc).t() for w in weight.split(2**13)], 1)
 
     def times(self, x: Tensor) -> Tensor:
         """(c, V) -> (c, E): rows times W."""
@@ -95,10 +103,11 @@ class Chunk:
 
     Args:
         h: (c, E). y: (c,) targets. sample: (c,), which sample a token is of.
+        place: (c,) the same as `sample`, on the host, which must not wait for the device.
         derivatives: False leaves everything but the loss out.
         mask: make tokens of non-finite loss zero, so that one bad sample does not poison the sums
             that all samples share.
-        kept: (c,) bool, the tokens that count for the exact diagonal; None: all.
+        kept: (c,) bool on the host, the tokens that count for the exact diagonal; None: all.
         errors: compute `error`, the L2 norm of softmax - onehot(y) of each token.
     """
 
@@ -108,13 +117,15 @@ class Chunk:
         h: Tensor,
         y: Tensor,
         sample: Tensor,
+        place: Integers,
         *,
         derivatives: bool = True,
         mask: bool = True,
-        kept: Tensor | None = None,
+        kept: Booleans | None = None,
         errors: bool = False,
     ) -> None:
-        self.head, self.h, self.y, self.sample, self.kept = head, h, y, sample, kept
+        self.head, self.h, self.y, self.sample = head, h, y, sample
+        self.place, self.kept = place, kept
         index = torch.arange(len(y), device=y.device)
         logits = head.logits(h)  # (c, V)
         if head.cap is not None:
@@ -151,10 +162,12 @@ class Chunk:
         dense[index, y] -= total * self.at
         if capped:
             bend.mul_(dense)
-        if mask and not self.finite.all():
-            self.h = torch.where(self.finite[:, None], h, 0)
-            dense[~self.finite] = 0
-            bend[~self.finite] = 0
+        if mask:  # always: asking whether any is broken would cost more than the pass
+            broken = ~self.finite[:, None]
+            self.h = h.masked_fill(broken, 0)
+            dense.masked_fill_(broken, 0)
+            if bend is not dense:
+                bend.masked_fill_(broken, 0)
             self.inv, self.at, self.bend_at = (
                 torch.where(self.finite, x, 0) for x in (self.inv, self.at, self.bend_at)
             )
@@ -172,8 +185,13 @@ class Chunk:
     @cached_property
     def span(self) -> tuple[int, int]:
         """The lowest sample here, and how many the chunk spans."""
-        low, high = int(self.sample.min()), int(self.sample.max())
+        low, high = int(self.place.min()), int(self.place.max())
         return low, high - low + 1
+
+    def of_samples(self, low: int, count: int) -> Tensor:
+        """Indices of the tokens of the samples [low, low + count)."""
+        here = (self.place >= low) & (self.place < low + count)
+        return to_device(here.nonzero()[0], self.y.device)
 
     def member(self, weight: Tensor, low: int, count: int) -> Tensor:
         """(count, c): weight_t where token t is of that sample, else 0."""
@@ -185,7 +203,7 @@ class Chunk:
         """(k,) indices of the tokens that count for the exact diagonal."""
         if self.kept is None:
             return torch.arange(len(self.y), device=self.y.device)
-        return self.kept.nonzero()[:, 0]
+        return to_device(self.kept.nonzero()[0], self.y.device)
 
     def sum_bend(self, weight: Tensor) -> Tensor:
         """(V,): sum_t weight_t d_t."""
@@ -212,10 +230,3 @@ class Chunk:
     def _at_targets(self, out: Tensor, values: Tensor) -> Tensor:
         # index_put_ adds in a fixed order on CUDA too; index_add_ does not.
         return out.index_put_((self.y,), values, accumulate=True)
-
-
-def response_chunks(targets: Tensor, chunk_tokens: int) -> Iterator[Tensor]:
-    """Indices of the response tokens, `chunk_tokens` at a time."""
-    response = (targets >= 0).nonzero()[:, 0]
-    if len(response):
-        yield from response.split(chunk_tokens)

@@ -11,6 +11,7 @@ from slap_ds.train.journal import Journal
 from slap_ds.train.record import step_record
 from slap_ds.train.run import Run
 from slap_ds.train.step import choose, plan_step, score, train_on
+from slap_ds.train.trace import Trace
 
 
 class Preempted(Exception):
@@ -23,10 +24,11 @@ def train(run: Run) -> None:
     Raises:
         Preempted: asked to stop, and saved.
     """
-    with Journal(run) as journal:
+    with Journal(run) as journal, Trace(run) as trace:
         if run.state.step == 0 or run.state.owes_evaluation:
             journal.evaluation(run.state.step - 1, evaluate(run, run.state.step - 1))
         for step in run.steps_left():
+            trace.at(step)
             plan = plan_step(run, step)
             scored = score(run, plan)
             picks = choose(run, plan, scored)

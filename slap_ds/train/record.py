@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.data.packing import Positions
 from slap_ds.models.causal import block_flops, head_flops
 from slap_ds.selection import ScoredBatch, Selection
+from slap_ds.timing import peak_gib
 from slap_ds.train.run import Run
 from slap_ds.train.step import StepPlan, StepResult, choose, plan_step, score, train_on
 
@@ -73,8 +73,8 @@ def step_record(
     if scored is not None:
         metrics["candidate_loss"] = float(scored.loss.double().nanmean())
         metrics |= loss_spread(scored.loss, selection.picks)
-    if run.engine.device.type == "cuda":
-        metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if (peak := peak_gib(run.engine.device)) is not None:
+        metrics["peak_gib"] = peak
     totals = run.state.totals
     for key in _SUMMED:
         totals[key] = totals.get(key, 0.0) + float(metrics.get(key, 0.0))

@@ -23,7 +23,7 @@ from slap_ds.data.packing import PackedRow, Positions, deal
 from slap_ds.distributed.comm import Comm
 from slap_ds.scoring import Scores
 from slap_ds.selection import ScoredBatch, Selection, select, select_balanced
-from slap_ds.timing import Stopwatch
+from slap_ds.timing import Stopwatch, start_peak
 from slap_ds.train.run import Run
 from slap_ds.train.schedule import budget_at, learning_rate
 
@@ -67,6 +67,7 @@ class StepResult:
 
 def plan_step(run: Run, step: int, batch: CandidateBatch | None = None) -> StepPlan:
     """Draw the step's candidates (or take `batch`) and settle what will be done with them."""
+    start_peak(run.engine.device)
     watch = Stopwatch(run.engine.device)
     if batch is None:
         batch = CandidateBatch(run.inputs.train, next(run.stream))

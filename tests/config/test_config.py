@@ -173,3 +173,27 @@ def test_a_short_deepspeed_file_is_enough(tmp_path):
     settings = resolve_deepspeed(read_config(DEMO, ["--engine.deepspeed", str(path)]), 4, 64)
     assert settings["zero_force_ds_cpu_optimizer"] is False
     assert settings["zero_allow_untested_optimizer"] is True
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("zero", "summed"),
+    [
+        ({"stage": 3}, "fp32"),
+        ({"stage": 2}, "fp32"),
+        ({"stage": 1}, None),
+        ({"stage": 3, "offload_optimizer": {"device": "none"}}, "fp32"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, None),
+    ],
+)
+def test_bfloat16_gradients_are_summed_in_float32(tmp_path, dtype, zero, summed):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    options = ["--engine.deepspeed", str(path), "--model.dtype", dtype]
+    settings = resolve_deepspeed(read_config(DEMO, options), 2, 64)
+    found = settings.get("data_types", {}).get("grad_accum_dtype")
+    assert found == (summed if dtype == "bfloat16" else None)
+    mine = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "bf16"}}
+    path.write_text(json.dumps(mine))
+    kept = resolve_deepspeed(read_config(DEMO, options), 2, 64)["data_types"]
+    assert kept == {"grad_accum_dtype": "bf16"}

@@ -1,10 +1,16 @@
-"""All checks of the farthest-point kernels that need a CUDA machine, in one go.
+"""Everything that only a GPU can tell, in seven minutes, part by part.
 
-    python tests/gpu/check.py [--json benchmarks/results/farthest_point_cuda.json]
+    python3 tests/gpu/check.py --out DIR [--parts smoke,kernel,...] [--pack FOLDER]
+    python3 tests/gpu/check.py --out DIR --device cpu --tiny   all of it on a CPU, as the tests do
 
-Builds csrc/ (an error without nvcc), runs tests/gpu, compute-sanitizer where it is installed, and
-times the op against its roofline: two instructions a pair and dimension, measured as half the rate
-of a float32 matrix product of the same run.
+Every part is a process with a time limit of its own and goes on where another has failed; only
+after `smoke` there is nothing to go on to. Each prints one line,
+
+    GPU-CHECK part PASS|FAIL|SKIP key=value ...
+
+and leaves DIR/part.json; a table comes last. The exit status is 0 where nothing has failed. Nothing
+is fetched: what the machine's Python lacks lies in the folder that `make gpu-pack` makes. Only this
+file's own imports must be there, and torch.
 """
 
 from __future__ import annotations
@@ -13,104 +19,122 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = [(512, 64), (2048, 512), (4096, 512), (16384, 512), (16384, 4096)]
-KEEP = 0.7
-PAIRS = KEEP - KEEP**2 / 2  # of N^2: a pick need not be compared with earlier ones
-SANITIZED = """
-import torch
-from slap_ds.ops import farthest_point
-points = torch.randn(700, 70, device="cuda")
-strata = torch.arange(700) % 3
-farthest_point(points, torch.tensor([200, 100, 150]), strata, first=0)
-torch.cuda.synchronize()
-"""
+# Seconds that each may take. To be left out first, where time is short: the last, then racecheck of
+# `sanitizer` (--tools), D = 4,096 of `timings` (--widths). Never `kernel`, `timings` and `step`.
+LIMITS = {
+    "smoke": 90,
+    "rates": 30,
+    "kernel": 120,
+    "sanitizer": 90,
+    "timings": 90,
+    "attention": 45,
+    "parity": 150,
+    "step": 200,
+    "smollm2": 200,
+}
 
 
-def run(command: list[str]) -> None:
-    print("$", " ".join(command), flush=True)
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=ROOT, env=environ, check=True)
-
-
-def milliseconds(call: Any, repeats: int) -> float:
-    import torch
-
-    times = []
-    for _ in range(repeats + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[2:])
-
-
-def timings() -> dict[str, Any]:
-    import torch
-
-    sys.path.insert(0, str(ROOT))
-    from slap_ds.ops import farthest_point
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    square = torch.randn(8192, 8192, device="cuda")
-    rate = 8192**3 / (milliseconds(lambda: square @ square, 5) / 1e3)
-    cases = []
-    for n, d in SIZES:
-        points = torch.randn(n, d, device="cuda")
-        budgets = torch.tensor([int(KEEP * n)])
-        for across, strata in ((True, None), (True, torch.arange(n) % 8)):
-            share = budgets if strata is None else torch.full((8,), int(KEEP * n) // 8)
-            ms = milliseconds(
-                lambda p=points, b=share, s=strata, x=across: farthest_point(
-                    p, b, s, first=0, across_strata=x
-                ),
-                5,
-            )
-            roofline = 1e3 * PAIRS * n * n * d / (rate / 2)
-            case = {"n": n, "d": d, "strata": len(share), "ms": ms, "roofline_ms": roofline}
-            cases.append(case | {"ratio": ms / roofline})
-            print(json.dumps(cases[-1]), flush=True)
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": commit,
-        "sgemm_tmadds": rate / 1e12,
-        "cases": cases,
-    }
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the timings here")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--parts", default=",".join(LIMITS), help="which, in their order")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes of seconds on a CPU")
+    parser.add_argument("--pack", type=Path, help="what make gpu-pack has made")
+    parser.add_argument("--limit-factor", type=float, default=1.0, help="times every limit")
     options = parser.parse_args()
-    if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
-        sys.exit("gpu-check: nvcc was not found; install the CUDA toolkit or set CUDA_HOME")
-    run([sys.executable, "csrc/build.py"])
-    import torch
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(LIMITS):
+        parser.error(f"no parts {sorted(unknown)}; there are {', '.join(LIMITS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    environ = environment(options)
+    rows = []
+    for part in parts:
+        command = [sys.executable, "-m", "tests.gpu.parts", part, "--out", str(options.out)]
+        command += ["--device", options.device, *(["--tiny"] if options.tiny else [])]
+        result = run_part(part, command, LIMITS[part] * options.limit_factor, environ, options.out)
+        rows.append(result)
+        facts = " ".join(f"{k}={show(v)}" for k, v in result["facts"].items() if flat(v))
+        print(f"GPU-CHECK {part} {result['status']} s={result['s']:.1f} {facts}", flush=True)
+        if part == "smoke" and result["status"] == "FAIL":
+            print("GPU-CHECK nothing else can work: stopped", flush=True)
+            break
+    print("\n| part | | s |\n| --- | --- | --- |")
+    for row in rows:
+        print(f"| {row['part']} | {row['status']} | {row['s']:.1f} |")
+    return 1 if any(row["status"] == "FAIL" for row in rows) else 0
 
-    if not torch.cuda.is_available():
-        sys.exit("gpu-check: the CUDA library is built; PyTorch sees no GPU to run it on")
-    run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"])
-    if sanitizer := shutil.which("compute-sanitizer"):
-        for tool in ("memcheck", "racecheck", "synccheck"):
-            run([sanitizer, "--tool", tool, "--error-exitcode=1", sys.executable, "-c", SANITIZED])
-    else:
-        print("compute-sanitizer is not installed: left out")
-    result = timings()
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+def run_part(
+    part: str, command: list[str], limit_s: float, environ: dict[str, str], out: Path
+) -> dict[str, Any]:
+    """The part's result, also where it died or was stopped; its output in out/part.log."""
+    file, log = out / f"{part}.json", out / f"{part}.log"
+    file.unlink(missing_ok=True)
+    start = time.monotonic()
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=stream, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, 9)  # the part and whatever it has started
+            process.wait()
+    facts: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    status = facts.pop("status", "FAIL")
+    if code is None:
+        status, facts["error"] = "FAIL", f"stopped after {limit_s:g} s"
+    elif code != 0 and status != "FAIL":
+        status, facts["error"] = "FAIL", f"ended with {code}"
+    if status == "FAIL":
+        facts.setdefault("error", "nothing was reported")
+        print(f"--- the end of {log}\n" + "\n".join(log.read_text().splitlines()[-15:]), flush=True)
+    result = {"part": part, "status": status, "s": time.monotonic() - start, "facts": facts}
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    """What the parts run with; the pack's wheels and libraries put in place."""
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environ.setdefault("OMP_NUM_THREADS", "1" if options.tiny else "8")
+    environ.setdefault("TORCH_EXTENSIONS_DIR", str(options.out.resolve() / "torch_extensions"))
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if options.pack:
+        site = options.out.resolve() / "site"
+        if not site.is_dir():
+            wheels = [str(wheel) for wheel in sorted(options.pack.glob("*.whl"))]
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+            subprocess.run([*pip, "--no-compile", "--target", str(site), *wheels], check=True)
+        for library in options.pack.glob("_slap_fps*.so"):
+            if not (target := ROOT / "slap_ds" / "ops" / library.name).exists():
+                shutil.copy(library, target)
+        if (model := options.pack / "smollm2").is_dir():
+            environ.setdefault("SLAP_SMOLLM2", str(model.resolve()))
+        path.insert(1, str(site))
+    if options.device == "cpu":
+        environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environ["PYTHONPATH"] = os.pathsep.join(path)
+    return environ
+
+
+def flat(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and len(str(value)) < 200
+
+
+def show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace(" ", "_")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

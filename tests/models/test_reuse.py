@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ import transformers
 from slap_ds.data.packing import Candidate, make_row
 from slap_ds.models.blocks import find_blocks, own
 from slap_ds.models.causal import PackedCausalLM, enable_checkpointing
+from slap_ds.models.host_copies import Arriving, HostCopies
 from slap_ds.models.load import load_config, load_model
 from slap_ds.models.reuse import BlockInputs, install
 from slap_ds.scoring import Wants
 from slap_ds.selection import ScoredBatch, make_selector, select, select_balanced
+from slap_ds.train.record import train_step
+from slap_ds.train.run import prepare
+from tests.recipes import tiny_config, tiny_model
 
 pytestmark = pytest.mark.lane
 
@@ -271,3 +276,82 @@ def test_quotas_never_lose_a_pick_when_candidates_are_scarce():
         holder=holder, tokens=tokens, holders=2, slack=0.02,
     )  # fmt: skip
     assert len(found.picks.unique()) == 9
+
+
+def test_one_row_of_block_inputs_is_on_the_device_at_a_time(monkeypatch):
+    lm = small()
+    inputs = install(lm, on_host=True)
+    model = PackedCausalLM(lm, 16, inputs).train()
+    inputs.start_scoring()
+    rows = [row(5, 4, 6), row(7, 3, start=3)]
+    with torch.no_grad():
+        for one in rows:
+            model(one, "score", Wants())
+    inputs.start_replay(rows)
+    inputs.enter(rows[0])
+    held = [weakref.ref(x.tensor) for x in inputs._current]
+    assert len(held) == 4
+    assert all(ref() is not None for ref in held)
+    cat = torch.cat
+    seen = []
+
+    def load(pieces, *rest):
+        seen.append(sum(ref() is not None for ref in held))
+        return cat(pieces, *rest)
+
+    monkeypatch.setattr(torch, "cat", load)
+    inputs.enter(rows[1])
+    assert seen == [0] * 4
+
+
+class LateCopies(HostCopies):
+    """Whose values come no earlier than they are waited for."""
+
+    def load(self, pieces, device):
+        values = torch.cat(list(pieces))
+        late = torch.full_like(values, torch.nan)
+        return Arriving(late, lambda: late.copy_(values))
+
+
+def test_block_inputs_are_used_only_after_they_have_come_back():
+    """On a GPU they come on a stream of their own, while the rows before are computed."""
+    gradients = {}
+    for copies in (HostCopies(), LateCopies()):
+        lm = small()
+        inputs = install(lm, on_host=True)
+        inputs.copies = copies
+        model = PackedCausalLM(lm, 16, inputs).train()
+        rows = [row(5, 4, 6), row(7, 3, start=3)]
+        inputs.start_scoring()
+        with torch.no_grad():
+            for one in rows:
+                model(one, "score", Wants())
+        inputs.start_replay(rows)
+        for one in rows:
+            model(one, "train").backward()
+        inputs.stop()
+        found = [p.grad for p in model.parameters()]
+        gradients[type(copies)] = torch.cat([g.flatten() for g in found])
+    assert torch.isfinite(gradients[LateCopies]).all()
+    assert torch.equal(gradients[LateCopies], gradients[HostCopies])
+
+
+def test_the_optimizer_steps_without_block_inputs(tmp_path):
+    config = tiny_config(
+        tiny_model(tmp_path / "model"),
+        tmp_path / "run",
+        steps=1,
+        engine={"kind": "torch"},
+        model={"gradient_checkpointing": True},
+        step={"forward": "reuse"},
+    )
+    run = prepare(config)
+    take, inputs, held = run.engine._step, run.engine._inputs(), []
+
+    def step():
+        held.append((len(inputs._cuts), len(inputs._current), len(inputs._recorded)))
+        return take()
+
+    run.engine._step = step
+    assert train_step(run, 0).metrics["boundary_bytes"] > 0
+    assert held == [(0, 0, 0)]

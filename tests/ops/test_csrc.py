@@ -48,10 +48,18 @@ def test_kernel_files_hold_no_code_of_the_standard_library() -> None:
         assert includes <= {"<stdint.h", "<immintrin.h", '"kernels.h', '"avx512_exact.h'}, source
 
 
+@needs_cxx
+def test_the_driver_of_the_gpu_kernels_emulated(tmp_path: Path) -> None:
+    """What compute-sanitizer is to watch on a GPU runs, agrees with a plain loop, stays inside."""
+    build["build_device_driver"](tmp_path / "device", None)
+    done = subprocess.run([tmp_path / "device"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "8 shapes\nok\n", done.stderr
+
+
 @needs_nvcc
 def test_the_gpu_kernels_compile_without_spills(tmp_path: Path) -> None:
     report = build["build_cuda"](NVCC, tmp_path / "_slap_fps_cuda.so")
-    for target in ("sm_80", "sm_90"):
+    for target in ("sm_80", "sm_90", "sm_100"):
         assert f"for '{target}'" in report
     functions = re.findall(r"Compiling entry function", report)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
