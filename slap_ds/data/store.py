@@ -284,7 +284,7 @@ def _batches(rows: Iterator[Located]) -> Iterator[list[Located]]:
     for source, line, row in rows:
         batch.append((source, line, row))
         if isinstance(row, Conversation):
-            characters += sum(len(message.content) for message in row.messages)
+            characters += row.size
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

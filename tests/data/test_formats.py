@@ -132,8 +132,8 @@ def test_labels_are_taken_where_they_are_text() -> None:
 
 
 def test_an_unknown_row_names_its_fields_and_the_known_formats() -> None:
-    with pytest.raises(ValueError, match=r"fields answer, text; known formats: messages .*alpaca"):
-        recognise({"text": "x", "answer": "y", "prompt": None})
+    with pytest.raises(ValueError, match=r"fields answer, body; known formats: messages .*alpaca"):
+        recognise({"body": "x", "answer": "y", "prompt": None})
 
 
 def turn(role: object, content: object = "x", **more: object) -> dict[str, object]:
@@ -159,8 +159,8 @@ BAD_MESSAGES = [
     ([turn("user"), turn("user"), turn("assistant")], "message 2 is 'user' after user"),
     ([turn("user"), turn("system"), turn("assistant")], "message 2 is 'system' after user"),
     ([turn("user"), turn("tool"), turn("assistant")], "message 2 is 'tool' after user"),
-    ([turn("user"), turn("assistant", tool_calls=[{}])], "message 2 has 'tool_calls'"),
-    ([turn("user"), turn("assistant", weight=0)], "message 2 has a 'weight' other than 1"),
+    ([turn("user"), turn("assistant", tool_calls=[{}])], "call 1 of 'tool_calls' has no name"),
+    ([turn("user"), turn("assistant", weight=0.5)], "message 2: 'weight' is 0.5, expected"),
 ]
 
 
