@@ -28,15 +28,19 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from slap_ds.data.encoding import Encoded, Template, encode_talks
 from slap_ds.data.formats import Conversation, Reject, read_sources
 from slap_ds.data.guard import Place, guarded
+<<<<<<< HEAD
 from slap_ds.data.sources import Limits, Source, find_sources, source_facts
-from slap_ds.data.templates import Encoded, Template
 from slap_ds.files import sha256
+=======
+from slap_ds.data.sources import Limits, Source, file_sha256, find_sources, source_facts
+>>>>>>> 1630f54 (Own chat templates: rendered once, answers found by the shape of the conversation)
 
 logger = logging.getLogger(__name__)
 
-STORE_VERSION = 1
+STORE_VERSION = 3
 POSITION_BITS = 28
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1_000_000
@@ -80,6 +84,9 @@ class Counts:
     """Tokens stored."""
     trained_tokens: int = 0
     """Tokens predicted with loss."""
+    context_turns: int = 0
+    """Answers of stored samples that should be trained and are context alone, because the template
+    writes them otherwise than when they are generated."""
 
 
 class TokenStore:
@@ -316,11 +323,8 @@ def _write(
         for batch in _batches(rows):
             (source, line, _), (last, end, _) = batch[0], batch[-1]
             place.set(f"{source.name}, line {line}, to {last.name}, line {end}, being tokenised")
-            encoded = iter(
-                template.encode_batch(
-                    [row.messages for _, _, row in batch if isinstance(row, Conversation)]
-                )
-            )
+            talks = [row for _, _, row in batch if isinstance(row, Conversation)]
+            encoded = iter(encode_talks(template, talks))
             for source, line, row in batch:
                 counts.rows += 1
                 result = next(encoded) if isinstance(row, Conversation) else row
@@ -345,6 +349,7 @@ def _write(
                 for label in LABELS:
                     codes = names[label]
                     columns[label].append(codes.setdefault(getattr(row, label), len(codes)))
+                counts.context_turns += result.context_turns
                 counts.truncated += len(result.ids) > max_tokens
                 counts.tokens += len(sample.ids)
                 counts.trained_tokens += sample.trained
