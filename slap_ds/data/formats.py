@@ -15,6 +15,7 @@ from slap_ds.data.message_fields import (
     call_of,
     calls_of,
     check_row,
+    has_media,
     is_trained,
     reasoning_of,
     refuse_other_kinds,
@@ -53,7 +54,8 @@ class Message:
 class Conversation:
     """Messages in an order that nearly every template can write (see _MAY_FOLLOW).
 
-    `tools` are those offered to the assistant: a JSON list as text, "" for none.
+    `tools` are those offered to the assistant: a JSON list as text, "" for none. `media` is True
+    where the row has images or the like beside its texts.
     """
 
     messages: tuple[Message, ...]
@@ -61,6 +63,7 @@ class Conversation:
     source: str = ""
     lang: str = ""
     tools: str = ""
+    media: bool = False
 
     @property
     def size(self) -> int:
@@ -165,7 +168,7 @@ def _conversation(row: Mapping[str, Any], messages: Sequence[Message]) -> Conver
         value if isinstance(value := row.get(field), str) else ""
         for field in ("task", "source", "lang")
     )
-    return Conversation(tuple(messages), task, source, lang, tools_of(row))
+    return Conversation(tuple(messages), task, source, lang, tools_of(row), has_media(row))
 
 
 def _from_messages(row: Mapping[str, Any]) -> Conversation:

@@ -196,15 +196,17 @@ def check_row(row: Mapping[str, Any]) -> None:
     for name, value in row.items():
         if value is None or value in ([], {}, ""):
             continue
-        if _ABOUT_MEDIA.search(name.lower()) and name.lower().startswith(
-            ("image", "audio", "video")
-        ):
-            raise ValueError(f"the row has '{name}': only text is trained here")
         if _OF_THE_ROW.search(name.lower()) and value not in (1, True):
             raise ValueError(
                 f"the row has '{name}', which would weigh or mask what is trained: not supported;"
                 " a turn can be left out of the loss by its own 'train': false"
             )
+
+
+def has_media(row: Mapping[str, Any]) -> bool:
+    """Whether a row comes with images, sounds or films, which are not trained."""
+    names = (name.lower() for name, value in row.items() if value is not None and value != [])
+    return any(re.match(r"(image|audio|video)s?$", name) for name in names)
 
 
 def refuse_other_kinds(row: Mapping[str, Any]) -> None:

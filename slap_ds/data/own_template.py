@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from slap_ds.data.chat_layout import Layout, find_texts, lay_out, shape_of
+from slap_ds.data.chat_layout import Layout, lay_out
 from slap_ds.data.encoding import Encoded, Template, Written, check_prompt
 from slap_ds.data.formats import Message
 from slap_ds.data.message_fields import ToolCall
+from slap_ds.data.slots import find_texts, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,11 +36,10 @@ _CALLING = (
     Message("tool", "c", name="f", call_id="call00001"),
     Message("assistant", "d"),
 )
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SHAPES = 4096  # layouts that are remembered
 
-Shape = tuple[Any, ...]
+Shape = tuple[str, tuple[Message, ...]]  # tools, and messages with slots
 
 
 class OwnTemplate(Template):
@@ -54,9 +54,7 @@ class OwnTemplate(Template):
         self._source = _FIXED_DATE + source if "strftime_now" in source else source
         self._layouts: dict[Shape, tuple[Layout, bool] | ValueError] = {}
         self._in_parts = False
-        self._splits_thoughts = False
         self.encode(self._settle())
-        self._splits_thoughts = self._knows_thoughts()
         stops, layout = set(self._layout(_PROBE, "")[0].stops), self._layout(_PROBE[:2], "")[0]
         with contextlib.suppress(ValueError):  # not every template has calls
             stops |= self._layout(_CALLING, "")[0].stops
@@ -107,19 +105,6 @@ class OwnTemplate(Template):
                 raise error from None
         return _PROBE
 
-    def _knows_thoughts(self) -> bool:
-        """Whether reasoning in the text, between <think> and </think>, is written like reasoning
-        beside it."""
-        apart = (_PROBE[0], Message("assistant", "b", reasoning="r"))
-        within = (_PROBE[0], Message("assistant", "<think>\nr\n</think>\n\nb"))
-        try:
-            written = self._render(apart, "")
-            return "r" in written.replace(self._render(_PROBE[:2], ""), "") and (
-                written == self._render(within, "")
-            )
-        except ValueError:
-            return False
-
     def _written(self, messages: Sequence[Message], tools: str) -> Written:
         text, layout, move = self._find(messages, tools)
         answers = [message for message in messages if message.role == "assistant"]
@@ -137,19 +122,10 @@ class OwnTemplate(Template):
         self, messages: Sequence[Message], tools: str
     ) -> tuple[str, Layout, Callable[[int], int]]:
         """The conversation as the template writes it, and its layout with where its places lie."""
-        messages = [self._apart(message) for message in messages]
         self._refuse_special(messages, tools)
         layout, as_text = self._layout(messages, tools)
         text = self._render(messages, tools, arguments_as_text=as_text)
-        return text, layout, find_texts(layout, text, messages)
-
-    def _apart(self, message: Message) -> Message:
-        if not self._splits_thoughts or message.role != "assistant" or message.reasoning:
-            return message
-        found = _THOUGHT.fullmatch(message.content)
-        if found is None or not found[1].strip():
-            return message
-        return replace(message, reasoning=found[1].strip("\n"), content=found[2].lstrip("\n"))
+        return text, layout, find_texts(layout.text, text, messages)
 
     def _refuse_special(self, messages: Sequence[Message], tools: str) -> None:
         from slap_ds.data.templates import TEMPLATES
@@ -166,18 +142,13 @@ class OwnTemplate(Template):
 
     def _layout(self, messages: Sequence[Message], tools: str) -> tuple[Layout, bool]:
         """The layout of the messages' shape, and whether arguments of calls are given as text."""
-        key: Shape = (
-            tools,
-            *(
-                (m.role, bool(m.content), bool(m.reasoning), m.calls, m.name, m.call_id)
-                for m in messages
-            ),
-        )
+        shape = shape_of(messages)
+        key = (tools, shape)
         if key not in self._layouts:
             if len(self._layouts) == _SHAPES:
                 self._layouts.clear()
             try:
-                self._layouts[key] = self._laid_out(shape_of(messages), tools)
+                self._layouts[key] = self._laid_out(shape, tools)
             except ValueError as error:
                 self._layouts[key] = error
         found = self._layouts[key]
@@ -187,8 +158,8 @@ class OwnTemplate(Template):
 
     def _laid_out(self, shape: Sequence[Message], tools: str) -> tuple[Layout, bool]:
         # transformers' documentation gives arguments as an object; some templates expect text.
-        forms = (False, True) if any(message.calls for message in shape) else (False,)
-        for as_text in forms:
+        problem: ValueError | None = None
+        for as_text in (False, True):
 
             def write(
                 messages: Sequence[Message],
@@ -201,16 +172,15 @@ class OwnTemplate(Template):
             try:
                 marked = self._marks(shape, tools, as_text)
                 layout = lay_out(shape, write, self._special, marked)
-            except ValueError:
-                if as_text is forms[-1]:
-                    raise
-                continue
-            if tools and not all(
-                tool["function"]["name"] in layout.text for tool in json.loads(tools)
-            ):
-                raise ValueError("the tokenizer's chat template leaves out the row's tools")
-            return layout, as_text
-        raise AssertionError
+            except ValueError as error:
+                problem = problem or error
+                if not any(message.calls for message in shape):
+                    break
+            else:
+                _check_tools(layout, tools)
+                return layout, as_text
+        assert problem is not None
+        raise problem
 
     def _marks(
         self, shape: Sequence[Message], tools: str, as_text: bool
@@ -255,6 +225,13 @@ class OwnTemplate(Template):
 
     def _as_dicts(self, messages: Sequence[Message], as_text: bool) -> list[dict[str, Any]]:
         return [as_dict(message, self._in_parts, as_text) for message in messages]
+
+
+def _check_tools(layout: Layout, tools: str) -> None:
+    """Raises ValueError where the template does not write the row's tools."""
+    for tool in json.loads(tools or "[]"):
+        if tool["function"]["name"] not in layout.text:
+            raise ValueError("the tokenizer's chat template leaves out the row's tools")
 
 
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)

@@ -137,6 +137,8 @@ def _print_counts(store: TokenStore, console: Console) -> None:
     }
     if counts.context_turns:
         lines["answers left as context"] = counts.context_turns
+    if counts.with_media:
+        lines["with images or the like"] = counts.with_media
     for name, value in lines.items():
         console.print(Text(f"{name:30}{value:>14,}"), soft_wrap=True)
     if counts.rejected:

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from slap_ds.data.counts import Counts, say_aloud
 from slap_ds.data.encoding import Encoded, Template, encode_talks
 from slap_ds.data.formats import Conversation, Reject, read_sources
 from slap_ds.data.guard import Place, guarded
@@ -64,29 +65,6 @@ class Sample:
 
     ids: Int32  # (len,) token ids
     mask: npt.NDArray[np.bool_]  # (len,) True where the token is trained
-
-
-@dataclass(slots=True)
-class Counts:
-    """What became of the rows: rows = stored + rejected + dropped_too_long
-    + dropped_no_trained_tokens."""
-
-    rows: int = 0
-    """Rows read, of all files."""
-    rejected: int = 0
-    """Rows that could not be used; each stands in rejects.jsonl."""
-    truncated: int = 0
-    """Stored samples that were cut to max_tokens."""
-    dropped_too_long: int = 0
-    dropped_no_trained_tokens: int = 0
-    """Samples without a trained token, mostly because the cut took the whole answer."""
-    tokens: int = 0
-    """Tokens stored."""
-    trained_tokens: int = 0
-    """Tokens predicted with loss."""
-    context_turns: int = 0
-    """Answers of stored samples that should be trained and are context alone, because the template
-    writes them otherwise than when they are generated."""
 
 
 class TokenStore:
@@ -201,6 +179,7 @@ def build_store(
         rejects_path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "rejects.jsonl", rejects_path)
     _check(store, paths, max_tokens, max_reject_share)
+    say_aloud(store.counts, template.notes)
     return store
 
 
@@ -349,6 +328,7 @@ def _write(
                 for label in LABELS:
                     codes = names[label]
                     columns[label].append(codes.setdefault(getattr(row, label), len(codes)))
+                counts.with_media += isinstance(row, Conversation) and row.media
                 counts.context_turns += result.context_turns
                 counts.truncated += len(result.ids) > max_tokens
                 counts.tokens += len(sample.ids)

@@ -140,7 +140,6 @@ def test_sharegpt_calls_are_calls_and_observations_their_results() -> None:
         ({"messages": [], "chosen": "a", "rejected": "b"}, "TRL's DPOTrainer"),
         ({"prompt": "q", "completion": "bad", "label": False}, "TRL's KTOTrainer"),
         ({"text": "Once upon a time"}, "a row of plain text"),
-        ({"prompt": "q", "completion": "a", "images": ["x"]}, "the row has 'images'"),
         ({"prompt": "q", "completion": "a", "weight": 0.5}, "would weigh or mask"),
         ({"prompt": "q", "completion": "a", "loss_mask": [0, 1]}, "would weigh or mask"),
         ({"prompt": "q", "completion": "a", "tools": [{}]}, "a tool in 'tools' has no name"),
@@ -155,4 +154,6 @@ def test_rows_of_other_kinds_name_what_takes_them(row: dict[str, Any], reason: s
 
 def test_empty_fields_of_a_table_mean_nothing() -> None:
     row = {"prompt": "q", "completion": "a", "images": [], "tools": None, "chosen": None}
-    assert FORMATS[recognise(row)](row).tools == ""
+    found = FORMATS[recognise(row)](row)
+    assert (found.tools, found.media) == ("", False)
+    assert FORMATS[recognise(row)]({**row, "images": ["a.png"]}).media
