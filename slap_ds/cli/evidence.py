@@ -60,7 +60,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> None:
 
     from slap_ds.report.compare import compare
 
-    compare([Path(run_dir) for run_dir in options.run_dirs], Console())
+    compare([Path(run_dir) for run_dir in options.run_dirs], Console(markup=False))
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
@@ -128,8 +128,12 @@ def _study(options: argparse.Namespace, rest: list[str]) -> None:
 
     # Its workers end with it: an exit unwinds, a signal would not.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+<<<<<<< HEAD
     results = Path(options.results) if options.results else None
-    outcome = run_study(study, folder, options.jobs, Console(), results)
+    outcome = run_study(study, folder, options.jobs, Console(markup=False), results)
+=======
+    outcome = run_study(study, folder, options.jobs, Console(markup=False))
+>>>>>>> d64ddb2 (Work in progress on exports, heads, configuration and surroundings)
     rows = collect(folder, outcome.cells)
     write_rows(rows, folder / "cells")
     for losses in ("last", "best"):

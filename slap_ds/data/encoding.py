@@ -56,9 +56,11 @@ class Template(ABC):
 
     name: str
     chat_template: str
+    jinja: str  # the same, with what it writes of today fixed
     stop_ids: tuple[int, ...]
     vocab_size: int
     notes: tuple[str, ...] = ()
+    in_parts: bool = False  # whether the Jinja takes contents as lists of parts
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class Template(ABC):
         control: Collection[str] = (),
     ) -> None:
         self.name = name
-        self.chat_template = chat_template
+        self.chat_template = self.jinja = chat_template
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self._tokenizer = tokenizer
         known = {**tokenizer.get_added_vocab(), **special_tokens(tokenizer)}

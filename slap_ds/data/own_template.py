@@ -51,9 +51,9 @@ class OwnTemplate(Template):
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         source = tokenizer.get_chat_template()
         super().__init__("auto", source, tokenizer)
-        self._source = _FIXED_DATE + source if "strftime_now" in source else source
+        self.jinja = _FIXED_DATE + source if "strftime_now" in source else source
         self._layouts: dict[Shape, tuple[Layout, bool] | ValueError] = {}
-        self._in_parts = False
+        self.in_parts = False
         self.encode(self._settle())
         stops, layout = set(self._layout(_PROBE, "")[0].stops), self._layout(_PROBE[:2], "")[0]
         with contextlib.suppress(ValueError):  # not every template has calls
@@ -98,7 +98,7 @@ class OwnTemplate(Template):
             self._layout(_PROBE, "")
         except ValueError as error:
             self._layouts.clear()
-            self._in_parts = True
+            self.in_parts = True
             try:
                 self._layout(_PROBE, "")
             except ValueError:
@@ -186,7 +186,7 @@ class OwnTemplate(Template):
         self, shape: Sequence[Message], tools: str, as_text: bool
     ) -> list[tuple[int, int]] | None:
         """What the template itself marks as the assistant's part, in characters."""
-        if not _MARKS.search(self._source):
+        if not _MARKS.search(self.jinja):
             return None
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -194,7 +194,7 @@ class OwnTemplate(Template):
             _, found = render_jinja_template(
                 conversations=[self._as_dicts(shape, as_text)],
                 tools=json.loads(tools) if tools else None,
-                chat_template=self._source,
+                chat_template=self.jinja,
                 return_assistant_tokens_mask=True,
                 **self._tokenizer.special_tokens_map,
             )
@@ -214,7 +214,7 @@ class OwnTemplate(Template):
             text: str = self._tokenizer.apply_chat_template(
                 self._as_dicts(messages, arguments_as_text),
                 tools=json.loads(tools) if tools else None,
-                chat_template=self._source,
+                chat_template=self.jinja,
                 tokenize=False,
                 add_generation_prompt=prompt,
                 **(settings or {}),
@@ -224,7 +224,7 @@ class OwnTemplate(Template):
         return text
 
     def _as_dicts(self, messages: Sequence[Message], as_text: bool) -> list[dict[str, Any]]:
-        return [as_dict(message, self._in_parts, as_text) for message in messages]
+        return [as_dict(message, self.in_parts, as_text) for message in messages]
 
 
 def _check_tools(layout: Layout, tools: str) -> None:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from slap_ds.distributed.comm import Comm
 from slap_ds.errors import OtherRankFailed, RankError, mistake
+from slap_ds.launch.environment import first_on_node
 
 T = TypeVar("T")
 Tell = Callable[[int], None]
@@ -74,7 +75,7 @@ def first_on_each_node(comm: Comm, phase: str, work: Callable[[Tell], T]) -> T:
 
     Raises: as `while_others_wait`.
     """
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    first = first_on_node(os.environ)
     before = while_others_wait(comm, phase, first, work)
     after = while_others_wait(comm, phase, not first, work)
     result = before if first else after

@@ -130,6 +130,14 @@ class Engine(ABC):
             broken,
         )
 
+    def own_loss(self, row: PackedRow) -> float:
+        """Nats, summed over the row's trained tokens, as the model's own forward computes them."""
+        self.model.eval()
+        with torch.no_grad():
+            loss = float(self._forward(row.to(self.device), "own", None))
+        self.model.train()
+        return loss
+
     @property
     def can_reuse(self) -> bool:
         """Whether `score(keep=True)` and `train(replay=True)` work with this model."""

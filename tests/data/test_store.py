@@ -18,8 +18,8 @@ import slap_ds.data.store as store_module
 from slap_ds.data.encoding import Encoded, Template
 from slap_ds.data.formats import Message
 from slap_ds.data.store import Counts, TokenStore, build_store
-from tests.small_tokenizers import (
 from slap_ds.data.templates import make_template
+from tests.small_tokenizers import (
     CHATML,
     DATA_DIR,
     LLAMA2,

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from slap_ds.data.encoding import Encoded, Template
 from slap_ds.data.formats import Conversation, Message, read_conversations
-from tests.small_tokenizers import (
 from slap_ds.data.templates import TEMPLATES, make_template
+from tests.small_tokenizers import (
     CHATML,
     DATA_DIR,
     LLAMA2,
