@@ -1,4 +1,4 @@
-"""The generation settings that an exported model gets: its base's, mended where they are invalid."""
+"""The generation settings of an exported model: its base's, mended where they are invalid."""
 
 from __future__ import annotations
 

@@ -63,9 +63,8 @@ def _add_lost(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text("utf-8"))
     given = {name: tokenizer.init_kwargs[name] for name in _LOST if name in tokenizer.init_kwargs}
-    given |= {
-        name: value for name in _LOST if (value := getattr(tokenizer, name, None)) is not None
-    }
+    held = {name: getattr(tokenizer, name, None) for name in _LOST}
+    given |= {name: value for name, value in held.items() if value is not None}
     path.write_text(json.dumps({**config, **given}, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -100,8 +100,10 @@ class OwnTemplate(Template):
             self._layouts.clear()
             self.in_parts = True
             try:
-                self._layout(_PROBE, "")
+                written = self._layout(_PROBE, "")[0].text
             except ValueError:
+                raise error from None
+            if str({"type": "text"})[:-1] in written:  # the list itself, as Python shows it
                 raise error from None
         return _PROBE
 

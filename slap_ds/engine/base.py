@@ -26,6 +26,7 @@ from slap_ds.data.packing import PackedRow
 from slap_ds.distributed.heart import Heart
 from slap_ds.engine.tensor_files import TensorWriter
 from slap_ds.engine.whole_state import Key
+from slap_ds.launch.environment import rank_said
 from slap_ds.models.causal import (
     PackedCausalLM,
     enable_checkpointing,
@@ -239,7 +240,7 @@ def prepare_blocks(config: Config, lm: Any) -> BlockInputs | None:
 
 
 def _say_separate(reason: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if rank_said(os.environ) == 0:
         print(f"step.forward: separate, because {reason}", file=sys.stderr)
 
 

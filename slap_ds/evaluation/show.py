@@ -67,7 +67,5 @@ def show_judged(result: Mapping[str, Any], console: Console) -> None:
         table.add_row(Text(name or "no task"), *counts, share)
     console.print(table)
     if result["failed"]:
-        console.print(
-            f"{result['failed']} pairs got no reply ({result['reasons']}): start again",
-            markup=False,
-        )
+        text = f"{result['failed']} pairs got no reply ({result['reasons']}): start again"
+        console.print(text, markup=False)
