@@ -17,7 +17,6 @@ from typing import TypeVar
 
 from slap_ds.distributed.comm import Comm
 from slap_ds.errors import OtherRankFailed, RankError, mistake
-from slap_ds.launch.environment import first_on_node
 
 T = TypeVar("T")
 Tell = Callable[[int], None]
@@ -75,7 +74,7 @@ def first_on_each_node(comm: Comm, phase: str, work: Callable[[Tell], T]) -> T:
 
     Raises: as `while_others_wait`.
     """
-    first = first_on_node(os.environ)
+    first = os.environ.get("LOCAL_RANK", "").strip() in ("", "0")
     before = while_others_wait(comm, phase, first, work)
     after = while_others_wait(comm, phase, not first, work)
     result = before if first else after

@@ -129,11 +129,6 @@ def ranks_said(environ: Mapping[str, str], name: str, fallback: int) -> int:
     return int(text) if text.isdecimal() and int(text) > 0 else fallback
 
 
-def first_on_node(environ: Mapping[str, str]) -> bool:
-    """Whether LOCAL_RANK, where it is set, says 0."""
-    return environ.get("LOCAL_RANK", "").strip() in ("", "0")
-
-
 def ask_mpi() -> Place:
     """The place MPI itself gives, for MPI launchers that leave no variables.
 
