@@ -91,11 +91,14 @@ class _Loader(yaml.SafeLoader):
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if isinstance(key, Hashable) and lines.setdefault(key, line) != line:
+            if not isinstance(key, Hashable):
+                continue  # the constructor says so
+            if key in lines:
                 raise RepeatedKey(
                     f"{key!r} stands in line {lines[key]} and again in line {line}: the second"
                     " would silently replace the first; put them together"
                 )
+            lines[key] = line
         return super().construct_mapping(node, deep)
 
 

@@ -210,7 +210,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Flaw:
 
 
 _DECODER = json.JSONDecoder(
-    parse_int=lambda text: int(text) if len(text) < 4300 else _Flaw("a number of that length"),
+    parse_int=lambda text: int(text) if len(text) < 4300 else _Flaw("Exceeds the limit of 4300 digits for a number"),
     parse_constant=lambda name: _Flaw(f"{name} is not JSON"),
     object_pairs_hook=_object,
     strict=True,

@@ -81,6 +81,14 @@ class PackedCausalLM(nn.Module):
         self.lm = lm
         self.chunk_tokens = chunk_tokens
         self.block_inputs = block_inputs
+        # Some classes name another attribute as their base, and transformers then gives the whole.
+        base = lm.base_model if lm.base_model is not lm else getattr(lm, "model", None)
+        if base is None:
+            raise ValueError(
+                f"{type(lm).__name__} does not say which part of it is below its head: take another "
+                "architecture, such as llama, glm, qwen2 or mistral"
+            )
+        self._base = (base,)
         # `lm` keeps its own module tree, so that saved names are transformers' names.
         self._head = (head,)
         head.forward = _run_with_weight(head)  # type: ignore[method-assign]
@@ -96,7 +104,7 @@ class PackedCausalLM(nn.Module):
         if self.block_inputs is not None:
             self.block_inputs.enter(row)
         with self._recorder(wants) as record:
-            hidden = self.lm.base_model(
+            hidden = self._base[0](
                 input_ids=row.input_ids,
                 position_ids=row.position_ids,
                 use_cache=False,

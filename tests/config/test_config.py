@@ -173,3 +173,42 @@ def test_a_short_deepspeed_file_is_enough(tmp_path):
     settings = resolve_deepspeed(read_config(DEMO, ["--engine.deepspeed", str(path)]), 4, 64)
     assert settings["zero_force_ds_cpu_optimizer"] is False
     assert settings["zero_allow_untested_optimizer"] is True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optimizer: {lr: 1.0e-3}\nrun_dir: x\noptimizer: {warmup_steps: 1}\n",
+        "optimizer: {lr: 1.0e-3, warmup_steps: 1, lr: 2.0e-3}\n",
+        "data:\n  train: [a]\n  cache_dir: x\n  train: [b]\n",
+        "selection:\n  slap: {a: [{b: 1, b: 2}]}\n",
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_at_every_depth(tmp_path, text):
+    with pytest.raises(ValueError, match=r"stands in line \d+ and again in line \d+") as error:
+        read_config(write(tmp_path, text))
+    assert str(error.value).count("\n") == 0
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path):
+    text = (
+        "a: &a {lr: 1.0e-3}\nrun_dir: x\nmodel: {path: m}\ndata: {train: [d]}\nsteps: 1\n"
+        "optimizer: {<<: *a, lr: 2.0e-3}\n"
+    )
+    with pytest.raises(ValueError, match="1 mistake\n  a: unknown key"):
+        read_config(write(tmp_path, text))
+
+
+def test_the_home_folder_stands_for_a_tilde_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = """
+run_dir: ~/run
+steps: 1
+model: {path: ~/model, tokenizer: ~/tokenizer, lora: {start: ~/adapter}}
+data: {train: [~/a, ~/b], eval: [~/c], cache_dir: ~/cache}
+engine: {deepspeed: ~/ds.json}
+selection: {validation: [~/v], reference_losses: ~/l}
+"""
+    found = read_config(write(tmp_path, text)).model_dump_json()
+    assert "~" not in found
+    assert found.count("/home/someone/") == 11

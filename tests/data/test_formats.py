@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -462,3 +463,20 @@ def test_real_data_are_read_whole() -> None:
         if entry["side"] == "bundle":
             expected[entry["source"]] += entry["rows"]
     assert rows == expected
+
+
+def test_a_number_too_long_for_python_costs_its_row_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(f'[{json.dumps(ROW)}, {{"a": {"7" * 5000}}}, {json.dumps(ROW)}]')
+    assert rejects(path) == {2: "Exceeds the limit of 4300 digits for a number"}
+    assert len(read(path)) == 3
+
+
+def test_a_file_name_that_is_not_utf8_can_be_written_everywhere(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xca\xfd.jsonl"
+    Path(os.fsdecode(name)).write_text(json.dumps(ROW) + "\nx\n")
+    found, reject = read(tmp_path)
+    assert isinstance(found, Conversation)
+    assert isinstance(reject, Reject)
+    assert found.source == "\\xca\\xfd"
+    assert reject.file.encode("utf-8").endswith(b"\\xca\\xfd.jsonl")

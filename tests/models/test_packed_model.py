@@ -7,6 +7,7 @@ from slap_ds.data.packing import Candidate, PackedRow, make_row
 from slap_ds.models.causal import PackedCausalLM
 from slap_ds.models.load import check_window
 from slap_ds.scoring import Wants
+from slap_ds.train.checks import check_head
 from tests.models.test_reuse import small
 
 KINDS = ["llama", "glm", "mistral", "qwen2"]
@@ -114,3 +115,28 @@ def test_scoring_switches_dropout_off_and_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
     assert engine.model.training
     torch.testing.assert_close(first.loss, separately(engine.model.eval()))
+
+
+def test_a_head_that_is_not_the_model_s_is_refused():
+    class Engine:
+        def __init__(self, model):
+            self.model = model
+
+        def score(self, rows, wants):
+            return self.model(rows[0], "score", wants)
+
+        def own_loss(self, row):
+            return float(self.model(row, "own"))
+
+    lm = small("llama", "sdpa").eval()
+    with torch.no_grad():
+        check_head(Engine(PackedCausalLM(lm, 8)), lm.config, "float32")
+        (head,) = PackedCausalLM(lm, 8)._head
+        ours = head.forward
+        # What an unknown layer before the head would do to the model's own logits alone.
+        head.forward = lambda hidden, *fn: ours(hidden * 1.5 if not fn else hidden, *fn)
+        model = PackedCausalLM.__new__(PackedCausalLM)
+        model.__dict__.update(PackedCausalLM(lm, 8).__dict__)
+        head.forward = lambda hidden, *fn: ours(hidden * 1.5 if not fn else hidden, *fn)
+        with pytest.raises(ValueError, match="computes its logits in another way than by one"):
+            check_head(Engine(model), lm.config, "float32")
