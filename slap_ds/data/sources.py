@@ -209,8 +209,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Flaw:
     return found if len(found) == len(pairs) else _Flaw("a key is repeated in one object")
 
 
+def _whole_number(digits: str) -> int | _Flaw:
+    return int(digits) if len(digits) <= 4300 else _Flaw("Exceeds the limit of 4300 digits")
+
+
 _DECODER = json.JSONDecoder(
-    parse_int=lambda text: int(text) if len(text) < 4300 else _Flaw("Exceeds the limit of 4300 digits for a number"),
+    parse_int=_whole_number,
     parse_constant=lambda name: _Flaw(f"{name} is not JSON"),
     object_pairs_hook=_object,
     strict=True,

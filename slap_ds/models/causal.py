@@ -85,8 +85,8 @@ class PackedCausalLM(nn.Module):
         base = lm.base_model if lm.base_model is not lm else getattr(lm, "model", None)
         if base is None:
             raise ValueError(
-                f"{type(lm).__name__} does not say which part of it is below its head: take another "
-                "architecture, such as llama, glm, qwen2 or mistral"
+                f"{type(lm).__name__} does not say which part of it is below its head: take "
+                "another architecture, such as llama, glm, qwen2 or mistral"
             )
         self._base = (base,)
         # `lm` keeps its own module tree, so that saved names are transformers' names.

@@ -5,7 +5,7 @@ import torch
 
 from slap_ds.data.packing import Candidate, PackedRow, make_row
 from slap_ds.models.causal import PackedCausalLM
-from slap_ds.models.load import check_window
+from slap_ds.models.load import check_window, load_config, load_model
 from slap_ds.scoring import Wants
 from slap_ds.train.checks import check_head
 from tests.models.test_reuse import small
@@ -117,26 +117,39 @@ def test_scoring_switches_dropout_off_and_draws_no_random_numbers():
     torch.testing.assert_close(first.loss, separately(engine.model.eval()))
 
 
-def test_a_head_that_is_not_the_model_s_is_refused():
-    class Engine:
-        def __init__(self, model):
-            self.model = model
+class Alone:
+    """An engine of one packed model."""
 
-        def score(self, rows, wants):
-            return self.model(rows[0], "score", wants)
+    def __init__(self, model):
+        self.model = model
 
-        def own_loss(self, row):
+    def score(self, rows, wants):
+        return scores(self.model, rows[0])
+
+    def own_loss(self, row):
+        with torch.no_grad():
             return float(self.model(row, "own"))
 
-    lm = small("llama", "sdpa").eval()
-    with torch.no_grad():
-        check_head(Engine(PackedCausalLM(lm, 8)), lm.config, "float32")
-        (head,) = PackedCausalLM(lm, 8)._head
-        ours = head.forward
-        # What an unknown layer before the head would do to the model's own logits alone.
-        head.forward = lambda hidden, *fn: ours(hidden * 1.5 if not fn else hidden, *fn)
-        model = PackedCausalLM.__new__(PackedCausalLM)
-        model.__dict__.update(PackedCausalLM(lm, 8).__dict__)
-        head.forward = lambda hidden, *fn: ours(hidden * 1.5 if not fn else hidden, *fn)
-        with pytest.raises(ValueError, match="computes its logits in another way than by one"):
-            check_head(Engine(model), lm.config, "float32")
+
+ENCODER = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_head_that_is_not_the_model_s_is_refused(kind):
+    config = load_config(None, {"model_type": kind, "is_decoder": True, **ENCODER})
+    lm = load_model(None, config, dtype="float32", attention="sdpa", seed=0)
+    with pytest.raises(ValueError, match=f"{kind} computes its logits in another way than by one"):
+        check_head(Alone(PackedCausalLM(lm, 8).eval()), config, "float32")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("granite", {"logits_scaling": 3.0}),
+        ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}),
+    ],
+)
+def test_the_loss_is_that_of_the_model_s_own_logits(kind, changes):
+    lm = small(kind, **changes)
+    check_head(Alone(PackedCausalLM(lm, 8).eval()), lm.config, "float32")
