@@ -216,32 +216,7 @@ class SelectionConfig(Section):
     """Share of the steps, at the start, that train all candidates."""
     cooldown: float = Field(0.0, ge=0, le=1)
     """Share of the steps, at the end, that train all candidates."""
-<<<<<<< HEAD
     reference_losses: PathText | None = None
-=======
-    strata: int = Field(4, ge=1)
-    """K: number of loss strata."""
-    strata_by: Literal["quantile", "width"] = "quantile"
-    """Equal counts, or equal loss ranges between the smallest and the largest loss."""
-    budgets: Literal["sampled", "expected"] = "sampled"
-    """Budget per stratum: counted from a Gumbel top-M draw, or its expectation rounded."""
-    preset: Literal["measured", "paper"] = "measured"
-    """Which sketches slap takes if scoring.sketch_norm does not say. measured: of unit length, as
-    docs/experiments.md supports; paper: as they are, our reading of the paper."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides the losses in softmax(loss / temperature); nats per token."""
-    reweight: Literal["none", "inverse"] = "none"
-    """inverse: slap's picks of a stratum weigh its size over its budget, so that hard samples count
-    no more than in the whole batch; scaled to mean 1."""
-    across_strata: bool = True
-    """Measure distances to the picks of earlier strata too."""
-    where: Literal["one_rank", "every_rank", "sharded"] = "one_rank"
-    """Who chooses; the picks are the same. one_rank: rank 0, and tells the others; every_rank: each
-    for itself; sharded: together, each holding its own candidates' sketches (slap and k_center;
-    docs/performance.md says when it pays)."""
-
-    reference_losses: PathText | None = None
->>>>>>> d64ddb2 (Work in progress on exports, heads, configuration and surroundings)
     """rho_loss: the file of each training sample's loss under a reference model, as written by
     `slap-ds losses`."""
     validation: list[PathText] = []

@@ -32,12 +32,8 @@ from slap_ds.data.counts import Counts, say_aloud
 from slap_ds.data.encoding import Encoded, Template, encode_talks
 from slap_ds.data.formats import Conversation, Reject, read_sources
 from slap_ds.data.guard import Place, guarded
-<<<<<<< HEAD
 from slap_ds.data.sources import Limits, Source, find_sources, source_facts
 from slap_ds.files import sha256
-=======
-from slap_ds.data.sources import Limits, Source, file_sha256, find_sources, source_facts
->>>>>>> 1630f54 (Own chat templates: rendered once, answers found by the shape of the conversation)
 
 logger = logging.getLogger(__name__)
 

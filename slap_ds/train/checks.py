@@ -109,12 +109,8 @@ def check_boundaries(run: Run) -> None:
     if on_host and not on_cpu:
         need = host_boundary_bytes(local, run.config.score_row_tokens, layers, width, value)
     if on_host:
-<<<<<<< HEAD
         sharing = ranks_said(os.environ, "LOCAL_WORLD_SIZE", run.comm.world)
         free = psutil.virtual_memory().available / sharing
-=======
-        free = _free_host_bytes() / ranks_said(os.environ, "LOCAL_WORLD_SIZE", run.comm.world)
->>>>>>> d64ddb2 (Work in progress on exports, heads, configuration and surroundings)
     else:
         free = float(torch.cuda.mem_get_info(run.engine.device)[0])
     if need > free:
