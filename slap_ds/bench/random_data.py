@@ -8,7 +8,8 @@ from typing import cast
 import numpy as np
 
 from slap_ds.config.schema import Config
-from slap_ds.data.store import LABELS, Counts, Sample, TokenStore
+from slap_ds.data.counts import Counts
+from slap_ds.data.store import LABELS, Sample, TokenStore
 from slap_ds.models.load import load_config
 from slap_ds.train.inputs import Inputs
 

@@ -12,15 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from slap_ds import jsonl
 from slap_ds.checkpoint import find as checkpoints
+from slap_ds.checkpoint.generation import generation_config
 from slap_ds.compat import tied_names
 from slap_ds.config.schema import Config
+from slap_ds.data.kept_tokenizer import save_tokenizer
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine.whole_state import whole_weights
 from slap_ds.models.glm.convert import KEPT
 from slap_ds.models.load import DTYPES, load_config, load_tokenizer, whole_files
-from slap_ds.models.lora import merged, with_adapter
+from slap_ds.models.lora import check_merged, logits_of, merged, with_adapter
 
 
 def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
@@ -41,15 +43,17 @@ def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
     model = _adapted(config, newest.folder, merge) if config.model.lora else _whole(config, newest)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
     template = make_template(config.data.template, tokenizer)
-    if template.chat_template:
-        tokenizer.chat_template = template.chat_template
     if config.model.lora is None or merge:
-        model.generation_config.eos_token_id = list(template.stop_ids)
+        probe = logits_of(model) if merge else None
+        model = merged(model) if merge else model
+        model.generation_config = generation_config(config.model.path, model, template.stop_ids)
         model.config.use_cache = True
         model.save_pretrained(out)
+        if probe is not None:
+            check_merged(out, probe, DTYPES[config.model.dtype])
     else:
         model.save_pretrained(out, save_embedding_layers=False)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, template, out)
     note = {
         "run": run_dir.name,
         "step": newest.step,
@@ -91,7 +95,7 @@ def _whole(config: Config, newest: checkpoints.Checkpoint) -> Any:
 
 
 def _adapted(config: Config, checkpoint: Path, merge: bool) -> Any:
-    """peft's model with the checkpoint's adapter, its base without weights; or the merged model."""
+    """peft's model with the checkpoint's adapter; without `merge` its base has no weights."""
     path, lora = config.model.path, config.model.lora
     assert lora is not None
     dtype = DTYPES[config.model.dtype]
@@ -104,5 +108,4 @@ def _adapted(config: Config, checkpoint: Path, merge: bool) -> Any:
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(load_config(path, None), dtype=dtype)
     weights = {name: value.to(dtype) for name, value in whole_weights(checkpoint).items()}
-    model = with_adapter(base, lora, weights, path)
-    return merged(model) if merge else model
+    return with_adapter(base, lora, weights, path)

@@ -6,6 +6,7 @@ A mistake of the user's is one line on stderr and exit status 1, never a traceba
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,10 @@ from slap_ds.errors import mistake
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, or 1 after an error, or 2 for wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding lacks is written as \\u4e16.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # The deepspeed launcher puts --local_rank=N before the arguments; the environment has it too.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not _local_rank(a)]
     parser = _parser()

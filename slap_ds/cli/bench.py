@@ -104,7 +104,7 @@ def _show(points: list[dict[str, Any]], options: argparse.Namespace, machine: An
     from slap_ds.bench.show import plot, table
 
     # A launcher's pipe has no width; a table cut to 80 columns would lose its numbers.
-    Console(width=max(100, 40 + 12 * len(points))).print(table(points))
+    Console(width=max(100, 40 + 12 * len(points)), markup=False).print(table(points))
     if options.json:
         text = json.dumps({"points": points, "environment": machine}, indent=2)
         Path(options.json).write_text(text + "\n", encoding="utf-8")

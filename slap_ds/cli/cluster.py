@@ -73,7 +73,7 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
     if options.json:
         print(report(found))
     else:
-        console = Console(soft_wrap=True)
+        console = Console(soft_wrap=True, markup=False)
         for finding in found:
             line = Text(f"{finding.level:>6}  {finding.name}: {finding.text}")
             line.stylize(finding.level, 0, 6)
@@ -113,4 +113,4 @@ def _estimate(options: argparse.Namespace, rest: list[str]) -> None:
         table.add_row(f"seconds: {part}", *(f"{e.step_s[part]:.3f}" for e in found))
     table.add_row("step / full training", *(f"{e.ratio_to_full:.3f}" for e in found), style="bold")
     table.add_row("selection share", *(f"{e.selection_share:.2%}" for e in found))
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -8,7 +8,7 @@ import re
 import sys
 from typing import NoReturn, TypeAlias
 
-from slap_ds.launch.environment import rank_said
+from slap_ds.launch.environment import rank_said, ranks_said
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 OVERRIDES = "then any setting of the file, such as --selection.keep 0.8"
@@ -18,7 +18,7 @@ def fail(message: str, every_rank: bool = False) -> NoReturn:
     """End with one line and exit code 1; rank 0 says it for all, unless `every_rank` is set."""
     rank = rank_said(os.environ)
     if rank == 0 or every_rank:
-        where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        where = f" (rank {rank})" if ranks_said(os.environ, "WORLD_SIZE", 1) > 1 else ""
         hidden = re.sub(r"://[^/@\s]+@", "://***@", message)  # a password in an address
         print(f"slap-ds: error{where}: {hidden}", file=sys.stderr, flush=True)
     sys.exit(1)

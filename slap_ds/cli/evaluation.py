@@ -79,7 +79,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     how = Answering(options.samples, options.max_new_tokens, options.batch_tokens, options.seed)
     with open_subject(target, out, options.data, settings) as subject:
         result, out = evaluate(subject, how), subject.out
-    show(result, Console())
+    show(result, Console(markup=False))
     print(f"wrote {out / 'eval.json'} and {out / 'predictions.jsonl'}")
     if endpoint is not None:
         from slap_ds.evaluation.evaluate import write_json
@@ -90,7 +90,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
         chosen = read_lines(out / "predictions.jsonl")[: result["answers"]["predictions"]]
         judged = judge(chosen, read_lines(Path(options.against)), endpoint, out)
         write_json(out / "judge.json", {"against": options.against, **judged})
-        show_judged(judged, Console())
+        show_judged(judged, Console(markup=False))
         print(f"wrote {out / 'judge.json'} and {out / 'judgements.jsonl'}")
 
 
@@ -105,7 +105,7 @@ def _harness(options: argparse.Namespace, target: Path, out: Path | None) -> Non
         found = run_harness(folder, options.lm_eval, options.lm_eval_limit, options.lm_eval_chat)
     path = (out or target / "eval") / "lm_eval.json"
     write_json(path, {"target": str(target), **found})
-    show_harness(found, Console())
+    show_harness(found, Console(markup=False))
     print(f"wrote {path}")
 
 

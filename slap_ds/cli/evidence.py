@@ -60,7 +60,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> None:
 
     from slap_ds.report.compare import compare
 
-    compare([Path(run_dir) for run_dir in options.run_dirs], Console())
+    compare([Path(run_dir) for run_dir in options.run_dirs], Console(markup=False))
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
@@ -95,7 +95,7 @@ def _fidelity(options: argparse.Namespace, rest: list[str]) -> None:
         for label, text in named.items()
     }
     rows = fidelity(read_config(options.config, rest), methods, question)
-    Console().print(show(rows))
+    Console(markup=False).print(show(rows))
     if options.json:
         found = {"environment": describe(), "question": {**given, "blocks": options.blocks}}
         Path(options.json).write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", "utf-8")
@@ -129,7 +129,7 @@ def _study(options: argparse.Namespace, rest: list[str]) -> None:
     # Its workers end with it: an exit unwinds, a signal would not.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     results = Path(options.results) if options.results else None
-    outcome = run_study(study, folder, options.jobs, Console(), results)
+    outcome = run_study(study, folder, options.jobs, Console(markup=False), results)
     rows = collect(folder, outcome.cells)
     write_rows(rows, folder / "cells")
     for losses in ("last", "best"):

@@ -47,7 +47,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.train.run import prepare
 
     if options.dry_run:
-        console = Console()
+        console = Console(markup=False)
         for name, value in dry_run(config).items():
             console.print(f"{name:>22}  {value}", highlight=False)
         return
@@ -110,7 +110,7 @@ def _preview(options: argparse.Namespace, rest: list[str]) -> None:
 
     config = read_config(options.config, rest)
     inputs = read_inputs(config)
-    preview(inputs.train, inputs.tokenizer, options.count, Console())
+    preview(inputs.train, inputs.tokenizer, options.count, Console(markup=False))
 
 
 def _settings(options: argparse.Namespace, rest: list[str]) -> None:

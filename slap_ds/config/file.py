@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, Union, get_args, get_origin
 
@@ -45,9 +45,11 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"no config file at {path!r}")
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = _load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except RepeatedKey as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, expected a mapping of sections")
     return raw
@@ -80,6 +82,34 @@ def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[t
             yield from config_keys(section, f"{prefix}{name}.")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, to which a key that stands twice is an error at any depth."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                continue  # the constructor says so
+            if key in lines:
+                raise RepeatedKey(
+                    f"{key!r} stands in line {lines[key]} and again in line {line}: the second"
+                    " would silently replace the first; put them together"
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+class RepeatedKey(ValueError):
+    """A key that stands twice in one mapping."""
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
 def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
     return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)
 
@@ -97,7 +127,7 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"--{key} has no value after it")
             text = rest.pop(0)
         try:
-            yield key.replace("-", "_"), yaml.safe_load(text)
+            yield key.replace("-", "_"), _load(text)
         except yaml.YAMLError:
             yield key.replace("-", "_"), text
 

@@ -6,9 +6,13 @@ setting. The DeepSpeed JSON stays a file of its own (deepspeed_json.py).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import os
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# A file, folder or name; `~` is the user's home.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
@@ -34,7 +38,7 @@ class LoraConfig(Section):
     """DoRA: train the length of each output's weights apart from their direction."""
     use_rslora: bool = False
     """rsLoRA: the scale that stays stable at high ranks."""
-    start: str | None = None
+    start: PathText | None = None
     """An adapter folder in peft's format to go on from; its own rank, scale, targets and kind
     count, not those above."""
 
@@ -42,11 +46,11 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """`model`: what is trained."""
 
-    path: str | None = None
+    path: PathText | None = None
     """A Hugging Face model folder or hub name to start from."""
     config: dict[str, Any] | None = None
     """Instead of `path`: fields of a transformers config, `model_type` too, for fresh weights."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer folder, hub name or tokenizer.json; default: `path`. `builtin:demo` ships here."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype the model computes in; the optimizer keeps float32 master weights."""
@@ -74,9 +78,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """`data`: conversations, their template and their limits."""
 
-    train: list[str] = Field(min_length=1)
+    train: list[PathText] = Field(min_length=1)
     """Training files, folders, globs or hub names; `builtin:demo/train` ships in the package."""
-    eval: list[str] = []
+    eval: list[PathText] = []
     """Evaluation files, the same kinds."""
     format: str = "auto"
     """messages, sharegpt, alpaca, prompt_completion; auto recognises each row by its fields."""
@@ -93,7 +97,7 @@ class DataConfig(Section):
     """A longer line is rejected unread."""
     max_depth: int = Field(64, ge=2, le=500)
     """A row whose lists and objects are nested deeper is rejected."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Tokenised data live here; default: $SLAP_CACHE_DIR, else ~/.cache/slap_ds."""
 
 
@@ -212,10 +216,10 @@ class SelectionConfig(Section):
     """Share of the steps, at the start, that train all candidates."""
     cooldown: float = Field(0.0, ge=0, le=1)
     """Share of the steps, at the end, that train all candidates."""
-    reference_losses: str | None = None
+    reference_losses: PathText | None = None
     """rho_loss: the file of each training sample's loss under a reference model, as written by
     `slap-ds losses`."""
-    validation: list[str] = []
+    validation: list[PathText] = []
     """greats: files, folders, globs or hub names of the samples whose loss shall fall; none of them
     may be in data.eval."""
     slap: SlapConfig = SlapConfig()
@@ -313,7 +317,7 @@ class EngineConfig(Section):
 
     kind: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed, or torch: one process, plain PyTorch, for tests and debugging."""
-    deepspeed: str | None = None
+    deepspeed: PathText | None = None
     """DeepSpeed JSON with "auto" values; default: the ZeRO-3 one that ships in the package."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds without progress after which a rank ends and says who holds it up. A checkpoint may
@@ -381,7 +385,7 @@ class ProfileConfig(Section):
 class Config(Section):
     """A run."""
 
-    run_dir: str
+    run_dir: PathText
     """Folder of this run: resolved config, metrics, picks, checkpoints."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; each draws batch.candidates candidates."""

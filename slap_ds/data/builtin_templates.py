@@ -34,13 +34,14 @@ class BuiltIn:
     `pieces(messages, prompt)` writes a conversation, with `prompt` on to where the next answer
     begins; it raises ValueError for one that it cannot write. `control` are the special tokens that
     the tokenizer must have, `stops` those of them that end an answer. `chat_template` is the same
-    in Jinja, for the exported tokenizer.
+    in Jinja, for the exported tokenizer. With `apart` texts are always encoded one by one.
     """
 
     pieces: Callable[[Sequence[Message], bool], Iterator[Piece]]
     control: tuple[str, ...]
     stops: tuple[str, ...]
     chat_template: str
+    apart: bool = False
 
 
 def _chatml(messages: Sequence[Message], prompt: bool) -> Iterator[Piece]:
@@ -49,10 +50,10 @@ def _chatml(messages: Sequence[Message], prompt: bool) -> Iterator[Piece]:
         answers = message.role == "assistant"
         if answers:
             yield Piece("assistant\n")
-            yield Piece(message.content, trained=True, after="assistant\n")
+            yield Piece(message.content, trained=message.trained, after="assistant\n")
         else:
             yield Piece(f"{message.role}\n{message.content}")
-        yield Piece("<|im_end|>", control=True, trained=answers)
+        yield Piece("<|im_end|>", control=True, trained=answers and message.trained)
         yield Piece("\n")
     if prompt:
         yield Piece("<|im_start|>", control=True)
@@ -72,10 +73,10 @@ def _llama3(messages: Sequence[Message], prompt: bool) -> Iterator[Piece]:
         yield from header("ipython" if message.role == "tool" else message.role)
         if answers:
             yield Piece("\n\n")
-            yield Piece(text, trained=True, after="\n\n")
+            yield Piece(text, trained=message.trained, after="\n\n")
         else:
             yield Piece(f"\n\n{text}")
-        yield Piece("<|eot_id|>", control=True, trained=answers)
+        yield Piece("<|eot_id|>", control=True, trained=answers and message.trained)
     if prompt:
         yield from header("assistant")
         yield Piece("\n\n")
@@ -95,8 +96,8 @@ def _llama2(messages: Sequence[Message], prompt: bool) -> Iterator[Piece]:
             yield Piece(f"[INST] {(system + message.content).strip()} [/INST]")
             system = ""
         elif message.role == "assistant":
-            yield Piece(f" {message.content.strip()} ", trained=True, after="[/INST]")
-            yield Piece("</s>", control=True, trained=True)
+            yield Piece(f" {message.content.strip()} ", trained=message.trained, after="[/INST]")
+            yield Piece("</s>", control=True, trained=message.trained)
         else:
             raise ValueError(f"message {number}: the llama2 template has no role '{message.role}'")
 

@@ -10,6 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from slap_ds.data.message_fields import (
+    ToolCall,
+    call_of,
+    calls_of,
+    check_row,
+    has_media,
+    is_trained,
+    reasoning_of,
+    refuse_other_kinds,
+    tools_of,
+)
 from slap_ds.data.sources import Limits, Source, find_sources, kind_of, read_rows, size_of
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -17,20 +28,47 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Of an assistant's turn, `reasoning` is what it thinks before it answers and `calls` are the
+    tools that it calls; with `trained` False the turn is read, not trained. Of a tool's turn,
+    `name` is the tool's and `call_id` the id of the call it answers, where the row says so.
+    """
 
     role: Role
     content: str
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    trained: bool = True
+    name: str = ""
+    call_id: str = ""
+
+    @property
+    def size(self) -> int:
+        """Characters in it."""
+        called = sum(len(call.name) + len(call.arguments) for call in self.calls)
+        return len(self.content) + len(self.reasoning) + called
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in an order that nearly every template can write (see _MAY_FOLLOW)."""
+    """Messages in an order that nearly every template can write (see _MAY_FOLLOW).
+
+    `tools` are those offered to the assistant: a JSON list as text, "" for none. `media` is True
+    where the row has images or the like beside its texts.
+    """
 
     messages: tuple[Message, ...]
     task: str = ""
     source: str = ""
     lang: str = ""
+    tools: str = ""
+    media: bool = False
+
+    @property
+    def size(self) -> int:
+        """Characters in it."""
+        return sum(message.size for message in self.messages) + len(self.tools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +128,19 @@ def _message(value: object, number: int) -> Message:
         raise ValueError(
             f"message {number}: unknown role {role[:40]!r}, expected one of {', '.join(_ROLES)}"
         )
-    # Both change what is trained; to read past them would train something else than the row says.
-    if value.get("tool_calls"):
-        raise ValueError(
-            f"message {number} has 'tool_calls': write the call into '{text_key}' as text"
-        )
-    if value.get("weight") not in (None, 1):
-        raise ValueError(
-            f"message {number} has a 'weight' other than 1: weights of messages are not supported"
-        )
-    return Message(_ROLES[role], _text(value.get(text_key), f"message {number}: '{text_key}'"))
+    where, known = f"message {number}: '{text_key}'", _ROLES[role]
+    trained, reasoning = is_trained(value, number, known), reasoning_of(value, number, known)
+    calls = calls_of(value, number, known)
+    text = value.get(text_key)
+    if role == "function_call" and not calls:
+        # The text is a call, not words.
+        calls, text = (call_of(_text(text, where), where),), ""
+    content = "" if calls and text in (None, "") else _text(text, where)
+    name, call_id = (
+        found if known == "tool" and isinstance(found := value.get(field), str) else ""
+        for field in ("name", "tool_call_id")
+    )
+    return Message(known, content, reasoning, calls, trained, name, call_id)
 
 
 def _messages(row: Mapping[str, Any], field: str) -> list[Message]:
@@ -112,6 +153,9 @@ def _messages(row: Mapping[str, Any], field: str) -> list[Message]:
 def _conversation(row: Mapping[str, Any], messages: Sequence[Message]) -> Conversation:
     if all(message.role != "assistant" for message in messages):
         raise ValueError("no assistant turn, so nothing to train on")
+    if not any(message.role == "assistant" and message.trained for message in messages):
+        raise ValueError("every assistant turn is marked as not to be trained")
+    check_row(row)
     previous = "the start"
     for number, message in enumerate(messages, 1):
         if message.role not in _MAY_FOLLOW[previous]:
@@ -124,7 +168,7 @@ def _conversation(row: Mapping[str, Any], messages: Sequence[Message]) -> Conver
         value if isinstance(value := row.get(field), str) else ""
         for field in ("task", "source", "lang")
     )
-    return Conversation(tuple(messages), task, source, lang)
+    return Conversation(tuple(messages), task, source, lang, tools_of(row), has_media(row))
 
 
 def _from_messages(row: Mapping[str, Any]) -> Conversation:
@@ -188,9 +232,15 @@ def recognise(row: Mapping[str, Any]) -> str:
     Null counts as absent, because tables fill up with nulls. Raises ValueError, naming the fields
     found and the known formats, where none fits.
     """
+    refuse_other_kinds(row)
     for name, fields in _FIELDS.items():
         if all(row.get(field) is not None for field in fields):
             return name
+    if "text" in row:
+        raise ValueError(
+            "a row of plain text (text), which has no answer to train: take a tool for continued"
+            " pre-training, as TRL's SFTTrainer, or write prompt and completion"
+        )
     fields_found = sorted(str(key)[:40] for key, value in row.items() if value is not None)
     found = ", ".join(key if key.isprintable() else ascii(key) for key in fields_found[:20])
     known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields in _FIELDS.items())
@@ -206,7 +256,7 @@ def conversation_of(row: Mapping[str, Any], format: str, limits: Limits) -> Conv
     """
     found = FORMATS[recognise(row) if format == "auto" else format](row)
     # Tables have no lines that could have been measured.
-    if sum(len(message.content) for message in found.messages) > limits.row_bytes:
+    if found.size > limits.row_bytes:
         raise ValueError(f"longer than {size_of(limits.row_bytes)}")
     return found
 

@@ -28,18 +28,18 @@ def _roles(end: str) -> Callable[[Sequence[Message], bool], Iterator[Piece]]:
     def pieces(messages: Sequence[Message], prompt: bool) -> Iterator[Piece]:
         yield Piece("[gMASK]", control=True)
         yield Piece("<sop>", control=True)
-        answered = False
+        trained = False
         for message in messages:
-            yield Piece(_ROLES[message.role], control=True, trained=answered)
-            answered = message.role == "assistant"
+            yield Piece(_ROLES[message.role], control=True, trained=trained)
+            trained = message.role == "assistant" and message.trained
             # The newline stands where a tool call has its metadata; the model knows it as a text of
             # its own.
-            yield Piece("\n", trained=answered)
-            yield Piece(message.content, trained=answered)
+            yield Piece("\n", trained=trained)
+            yield Piece(message.content, trained=trained)
         if prompt:
             yield Piece("<|assistant|>", control=True)
-        elif answered:
-            yield Piece(end, control=True, trained=True)
+        elif messages[-1].role == "assistant":
+            yield Piece(end, control=True, trained=trained)
 
     return pieces
 
@@ -58,8 +58,8 @@ def _chatglm2(messages: Sequence[Message], prompt: bool) -> Iterator[Piece]:
             yield Piece(f"{gap}{system}[Round {turn}]\n\n问：{message.content}\n\n答：")
             system = ""
         elif message.role == "assistant":
-            yield Piece(message.content, trained=True)
-            yield Piece("</s>", control=True, trained=True)
+            yield Piece(message.content, trained=message.trained)
+            yield Piece("</s>", control=True, trained=message.trained)
         else:
             raise ValueError(
                 f"message {number}: the chatglm2 template has no role '{message.role}'"
@@ -81,6 +81,7 @@ GLM_TEMPLATES: dict[str, BuiltIn] = {
         _chatglm2,
         control=("[gMASK]", "<sop>", "</s>"),
         stops=("</s>",),
+        apart=True,
         chat_template=(
             "{{ '[gMASK]<sop>' }}{% set ns = namespace(system='', turn=0) %}"
             "{% for message in messages %}{% if message['role'] == 'system' %}"
@@ -97,12 +98,14 @@ GLM_TEMPLATES: dict[str, BuiltIn] = {
         _roles(end="</s>"),
         control=("[gMASK]", "<sop>", *_ROLES.values(), "</s>"),
         stops=("</s>", "<|user|>", "<|observation|>"),
+        apart=True,
         chat_template=_roles_in_jinja(r"\n ", "</s>"),
     ),
     "glm4": BuiltIn(
         _roles(end="<|endoftext|>"),
         control=("[gMASK]", "<sop>", *_ROLES.values(), "<|endoftext|>"),
         stops=("<|endoftext|>", "<|user|>", "<|observation|>"),
+        apart=True,
         chat_template=_roles_in_jinja(r"\n", "<|endoftext|>"),
     ),
 }

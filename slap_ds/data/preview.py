@@ -95,11 +95,15 @@ def _text(sample: Sample, tokenizer: "PreTrainedTokenizerBase", special: set[int
         if not trained:
             text.append(_decode(ids, tokenizer), PROMPT)
             continue
-        stops = ids[-1] in special
-        text.append(begin + _decode(ids[:-1] if stops else ids, tokenizer), TRAINED)
-        if stops:
-            text.append(f"<stop: {_decode(ids[-1:], tokenizer)} = {ids[-1]}>", STOP)
+        # A template may mark white space after the stop token too.
+        last = next((n for n in range(len(ids) - 1, -1, -1) if ids[n] in special), len(ids))
+        rest = _decode(ids[last + 1 :], tokenizer)
+        text.append(begin + _decode(ids[:last], tokenizer), TRAINED)
+        if last < len(ids) and not rest.strip():
+            text.append(f"<stop: {_decode(ids[last : last + 1], tokenizer)} = {ids[last]}>", STOP)
+            text.append(rest, TRAINED)
         else:
+            text.append(_decode(ids[last:], tokenizer), TRAINED)
             text.append("<cut before its stop token>", STOP)
         text.append(end, TRAINED)
     return text
@@ -131,6 +135,10 @@ def _print_counts(store: TokenStore, console: Console) -> None:
         "tokens": counts.tokens,
         "supervised tokens": counts.trained_tokens,
     }
+    if counts.context_turns:
+        lines["answers left as context"] = counts.context_turns
+    if counts.with_media:
+        lines["with images or the like"] = counts.with_media
     for name, value in lines.items():
         console.print(Text(f"{name:30}{value:>14,}"), soft_wrap=True)
     if counts.rejected:

@@ -10,10 +10,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from slap_ds.data.encoding import Template, encode_talks
 from slap_ds.data.formats import Conversation, conversation_of
 from slap_ds.data.sources import Limits, Source, find_sources, read_rows
 from slap_ds.data.store import TokenStore, cut
-from slap_ds.data.templates import Template
 
 BATCH_ROWS = 256
 
@@ -46,7 +46,7 @@ def reread(
     index = 0
     rows = _usable(find_sources(paths), format, limits)
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        encoded = template.encode_batch([conversation.messages for _, _, conversation in batch])
+        encoded = encode_talks(template, [conversation for _, _, conversation in batch])
         for (where, row, conversation), result in zip(batch, encoded, strict=True):
             if isinstance(result, ValueError):
                 continue

@@ -11,6 +11,7 @@ because nobody could say how many rows went with it.
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,7 +79,12 @@ def _file(path: Path) -> Source:
         raise ValueError(
             f"{path}: unknown kind of file; expected one that ends in {', '.join(SUFFIXES)}"
         )
-    return Source(str(path), path.name.removesuffix(suffix), (path,))
+    return Source(_shown(str(path)), _shown(path.name.removesuffix(suffix)), (path,))
+
+
+def _shown(name: str) -> str:
+    """A path as text that can be written anywhere: bytes that are not UTF-8 stand as \\xd0."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _dataset(name: str, label: str, dataset: Any) -> Source:
@@ -203,8 +209,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Flaw:
     return found if len(found) == len(pairs) else _Flaw("a key is repeated in one object")
 
 
+def _whole_number(digits: str) -> int | _Flaw:
+    return int(digits) if len(digits) <= 4300 else _Flaw("Exceeds the limit of 4300 digits")
+
+
 _DECODER = json.JSONDecoder(
-    parse_constant=lambda name: _Flaw(f"{name} is not JSON"), object_pairs_hook=_object, strict=True
+    parse_int=_whole_number,
+    parse_constant=lambda name: _Flaw(f"{name} is not JSON"),
+    object_pairs_hook=_object,
+    strict=True,
 )
 
 

@@ -28,15 +28,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from slap_ds.data.counts import Counts, say_aloud
+from slap_ds.data.encoding import Encoded, Template, encode_talks
 from slap_ds.data.formats import Conversation, Reject, read_sources
 from slap_ds.data.guard import Place, guarded
 from slap_ds.data.sources import Limits, Source, find_sources, source_facts
-from slap_ds.data.templates import Encoded, Template
 from slap_ds.files import sha256
 
 logger = logging.getLogger(__name__)
 
-STORE_VERSION = 1
+STORE_VERSION = 3
 POSITION_BITS = 28
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1_000_000
@@ -60,26 +61,6 @@ class Sample:
 
     ids: Int32  # (len,) token ids
     mask: npt.NDArray[np.bool_]  # (len,) True where the token is trained
-
-
-@dataclass(slots=True)
-class Counts:
-    """What became of the rows: rows = stored + rejected + dropped_too_long
-    + dropped_no_trained_tokens."""
-
-    rows: int = 0
-    """Rows read, of all files."""
-    rejected: int = 0
-    """Rows that could not be used; each stands in rejects.jsonl."""
-    truncated: int = 0
-    """Stored samples that were cut to max_tokens."""
-    dropped_too_long: int = 0
-    dropped_no_trained_tokens: int = 0
-    """Samples without a trained token, mostly because the cut took the whole answer."""
-    tokens: int = 0
-    """Tokens stored."""
-    trained_tokens: int = 0
-    """Tokens predicted with loss."""
 
 
 class TokenStore:
@@ -194,6 +175,7 @@ def build_store(
         rejects_path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "rejects.jsonl", rejects_path)
     _check(store, paths, max_tokens, max_reject_share)
+    say_aloud(store.counts, template.notes)
     return store
 
 
@@ -284,7 +266,7 @@ def _batches(rows: Iterator[Located]) -> Iterator[list[Located]]:
     for source, line, row in rows:
         batch.append((source, line, row))
         if isinstance(row, Conversation):
-            characters += sum(len(message.content) for message in row.messages)
+            characters += row.size
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -316,11 +298,8 @@ def _write(
         for batch in _batches(rows):
             (source, line, _), (last, end, _) = batch[0], batch[-1]
             place.set(f"{source.name}, line {line}, to {last.name}, line {end}, being tokenised")
-            encoded = iter(
-                template.encode_batch(
-                    [row.messages for _, _, row in batch if isinstance(row, Conversation)]
-                )
-            )
+            talks = [row for _, _, row in batch if isinstance(row, Conversation)]
+            encoded = iter(encode_talks(template, talks))
             for source, line, row in batch:
                 counts.rows += 1
                 result = next(encoded) if isinstance(row, Conversation) else row
@@ -345,6 +324,8 @@ def _write(
                 for label in LABELS:
                     codes = names[label]
                     columns[label].append(codes.setdefault(getattr(row, label), len(codes)))
+                counts.with_media += isinstance(row, Conversation) and row.media
+                counts.context_turns += result.context_turns
                 counts.truncated += len(result.ids) > max_tokens
                 counts.tokens += len(sample.ids)
                 counts.trained_tokens += sample.trained

@@ -74,7 +74,7 @@ def first_on_each_node(comm: Comm, phase: str, work: Callable[[Tell], T]) -> T:
 
     Raises: as `while_others_wait`.
     """
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    first = os.environ.get("LOCAL_RANK", "").strip() in ("", "0")
     before = while_others_wait(comm, phase, first, work)
     after = while_others_wait(comm, phase, not first, work)
     result = before if first else after

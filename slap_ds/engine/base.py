@@ -26,6 +26,7 @@ from slap_ds.data.packing import PackedRow
 from slap_ds.distributed.heart import Heart
 from slap_ds.engine.tensor_files import TensorWriter
 from slap_ds.engine.whole_state import Key
+from slap_ds.launch.environment import rank_said
 from slap_ds.models.causal import (
     PackedCausalLM,
     enable_checkpointing,
@@ -130,6 +131,14 @@ class Engine(ABC):
             broken,
         )
 
+    def own_loss(self, row: PackedRow) -> float:
+        """Nats, summed over the row's trained tokens, as the model's own forward computes them."""
+        self.model.eval()
+        with torch.no_grad():
+            loss = float(self._forward(row.to(self.device), "own", None))
+        self.model.train()
+        return loss
+
     @property
     def can_reuse(self) -> bool:
         """Whether `score(keep=True)` and `train(replay=True)` work with this model."""
@@ -231,7 +240,7 @@ def prepare_blocks(config: Config, lm: Any) -> BlockInputs | None:
 
 
 def _say_separate(reason: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if rank_said(os.environ) == 0:
         print(f"step.forward: separate, because {reason}", file=sys.stderr)
 
 

@@ -19,8 +19,11 @@ _PATIENCE_S = 10.0
 
 def locks(environ: Mapping[str, str]) -> tuple[Path, list[Path]]:
     """The extension cache, and the locks in it."""
-    default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    folder = Path(environ.get("TORCH_EXTENSIONS_DIR") or default)
+    if given := environ.get("TORCH_EXTENSIONS_DIR"):
+        folder = Path(given)
+    else:
+        cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = Path(cache) / "torch_extensions"
     return folder, sorted(folder.glob("**/lock")) if folder.is_dir() else []
 
 

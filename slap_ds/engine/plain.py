@@ -93,7 +93,9 @@ class TorchEngine(Engine):
 
     def save(self, folder: Path, writer: TensorWriter) -> None:
         # Frozen weights are where they were loaded from.
-        frozen = {n for n, p in self.model.lm.named_parameters() if not p.requires_grad}
+        lm = self.model.lm
+        named = lm.named_parameters(remove_duplicate=False)  # a tied weight has two names
+        frozen = {n for n, p in named if not p.requires_grad}
         model = {n: v for n, v in self.model.lm.state_dict().items() if n not in frozen}
         model |= {name: master.detach() for name, master in self._named_masters()}
         state = {"model": model, "optimizer": self.optimizer.state_dict(), "names": self._names()}

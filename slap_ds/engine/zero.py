@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,11 @@ class DeepSpeedEngine(Engine):
         return math.nan if norm is None else float(norm)
 
     def save(self, folder: Path, writer: TensorWriter) -> None:
-        keep_files_with(self.engine, tensor_files(writer))
-        # Frozen weights are where they were loaded from.
+        # Frozen weights are where they were loaded from; a tied one has a second name, which
+        # DeepSpeed would keep.
+        named = self.model.named_parameters(remove_duplicate=False)
+        frozen = {name for name, p in named if not p.requires_grad} if self.adapts else set()
+        keep_files_with(self.engine, tensor_files(writer, frozen))
         self.engine.save_checkpoint(
             str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=self.adapts
         )
@@ -226,8 +229,9 @@ class DeepSpeedEngine(Engine):
         optimizer.load_state_dict([None] * self.rank + [state])
 
 
-def tensor_files(writer: TensorWriter) -> Any:
-    """What DeepSpeed saves and loads its files with: hashed, and never unpickled freely."""
+def tensor_files(writer: TensorWriter, left_out: Collection[str] = ()) -> Any:
+    """What DeepSpeed saves and loads its files with: hashed, and never unpickled freely; without
+    the weights of the names `left_out`."""
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -242,6 +246,10 @@ def tensor_files(writer: TensorWriter) -> Any:
             pass
 
         def save(self, state_dict: Any, path: str) -> None:
+            if left_out and "module" in state_dict:
+                weights = state_dict["module"].items()
+                kept = {name: value for name, value in weights if name not in left_out}
+                state_dict = {**state_dict, "module": kept}
             writer.write(state_dict, Path(path))
 
         def load(self, path: str, map_location: Any = None) -> Any:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from slap_ds.data.encoding import Template
 from slap_ds.data.formats import Message
-from slap_ds.data.templates import Template, make_template
+from slap_ds.data.templates import make_template
 from slap_ds.models.lora import load_adapted
 
 

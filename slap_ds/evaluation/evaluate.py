@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from slap_ds.data.encoding import Template
 from slap_ds.data.formats import Message
 from slap_ds.data.packing import Positions
 from slap_ds.data.reread import reread
 from slap_ds.data.sources import Limits
 from slap_ds.data.store import TokenStore
-from slap_ds.data.templates import Template, make_template
+from slap_ds.data.templates import make_template
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine import make_engine
 from slap_ds.evaluation.answers import Answerer, batches
@@ -36,7 +37,7 @@ from slap_ds.evaluation.subject import Subject
 from slap_ds.files import write_text
 from slap_ds.jsonl import read_lines
 from slap_ds.models.load import DTYPES
-from slap_ds.train.checks import check_isolation
+from slap_ds.train.checks import check_head, check_isolation
 from slap_ds.train.evaluate import few_labels
 from slap_ds.train.inputs import read_inputs
 from slap_ds.train.score_pass import TurnLosses, turn_pass
@@ -145,6 +146,7 @@ def _losses(subject: Subject, model_config: Any, store: TokenStore) -> dict[str,
     config = subject.config
     engine = make_engine(config, model_config, Comm())
     check_isolation(engine, model_config, config.model.attention)
+    check_head(engine, model_config, config.model.dtype)
     turns = turn_pass(engine, Comm(), store, np.arange(len(store)), config.score_row_tokens)
 
     def means(groups: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -225,12 +227,16 @@ def _questions(
             continue
         messages = origin.conversation.messages
         last = max(i for i, message in enumerate(messages) if message.role == "assistant")
-        prompt = template.encode_prompt(messages[:last])
+        prompt = template.encode_prompt(messages[:last], origin.conversation.tools, messages[last])
         room = data.max_tokens if positions is None else positions - how.max_new_tokens
         if len(prompt) > min(room, data.max_tokens):
             too_long += 1
             continue
-        references = (*_listed(origin.row.get("answers")), messages[last].content)
+        references = (
+            *_listed(origin.row.get("answers")),
+            *_listed(origin.row.get("references")),
+            messages[last].content,
+        )
         found.append(
             Question(origin.position, prompt, messages[:last], tuple(dict.fromkeys(references)))
         )

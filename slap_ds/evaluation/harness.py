@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def run_harness(
@@ -69,7 +70,7 @@ def show_harness(found: Mapping[str, Any], console: Console) -> None:
             if isinstance(value, float) and "_stderr," not in key:
                 error = values.get(key.replace(",", "_stderr,", 1))
                 shown = f"{error:.4f}" if isinstance(error, float) else "-"
-                table.add_row(task, key.removesuffix(",none"), f"{value:.4f}", shown)
+                table.add_row(Text(task), key.removesuffix(",none"), f"{value:.4f}", shown)
     console.print(table)
 
 

@@ -92,17 +92,28 @@ def group_metrics(answers: Sequence[Answer], samples: Sequence[dict[str, float]]
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1.0 where both are the same after SQuAD's normalisation (`answer_tokens`)."""
-    return float(answer_tokens(prediction) == answer_tokens(reference))
+    """1.0 where both are the same after SQuAD's normalisation (`answer_tokens`); without it where
+    it leaves nothing of the reference."""
+    found, wanted = _tokens_of(prediction, reference)
+    return float(found == wanted)
 
 
 def token_f1(prediction: str, reference: str) -> float:
     """SQuAD's F1 of the tokens of both as bags (Rajpurkar et al. 2016, section 6.1)."""
-    found, wanted = answer_tokens(prediction), answer_tokens(reference)
+    found, wanted = _tokens_of(prediction, reference)
     if not found or not wanted:
         return float(found == wanted)
     same = sum((Counter(found) & Counter(wanted)).values())
     return 2 * same / (len(found) + len(wanted))
+
+
+def _tokens_of(prediction: str, reference: str) -> tuple[list[str], list[str]]:
+    """The tokens of both; where nothing of the reference is left by the normalisation ("A", "+"),
+    the words of both as they are, in lower case."""
+    wanted = answer_tokens(reference)
+    if wanted:
+        return answer_tokens(prediction), wanted
+    return folded(prediction).split(), folded(reference).split()
 
 
 def answer_tokens(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # Rows that never became a sample, by their counts in eval.json's `data`.
 LEFT_OUT = {
@@ -28,7 +29,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     rows += [(f"dialogue, turn {n}", entry) for n, entry in loss["dialogue_by_turn"].items()]
     for name, entry in rows:
         shown = "-" if entry["loss"] is None else f"{entry['loss']:.4f}"
-        table.add_row(name, shown, str(entry["samples"]), str(entry["response_tokens"]))
+        table.add_row(Text(name), shown, str(entry["samples"]), str(entry["response_tokens"]))
     console.print(table)
     left_out = [f"{n} {said}" for name, said in LEFT_OUT.items() if (n := result["data"][name])]
     if left_out:
@@ -46,7 +47,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
                 for metric, found in entry["metrics"].items()
             )
             label = f"  {name}" if group == "by_source" else name or "no task"
-            table.add_row(label, str(entry["count"]), f"{entry['stopped']:.0%}", metrics)
+            table.add_row(Text(label), str(entry["count"]), f"{entry['stopped']:.0%}", metrics)
     console.print(table)
     if answers["too_long"]:
         console.print(f"{answers['too_long']} rows were not answered: their prompts are too long")
@@ -63,7 +64,8 @@ def show_judged(result: Mapping[str, Any], console: Console) -> None:
             low, high = entry["interval_95"]
             share = f"{entry['win_share']:.2f} ({low:.2f} to {high:.2f})"
         counts = [str(entry[key]) for key in ("win", "tie", "loss", "malformed", "failed")]
-        table.add_row(name or "no task", *counts, share)
+        table.add_row(Text(name or "no task"), *counts, share)
     console.print(table)
     if result["failed"]:
-        console.print(f"{result['failed']} pairs got no reply ({result['reasons']}): start again")
+        text = f"{result['failed']} pairs got no reply ({result['reasons']}): start again"
+        console.print(text, markup=False)

@@ -21,6 +21,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from slap_ds.checkpoint.export import export
+from slap_ds.checkpoint.generation import generation_config
 from slap_ds.config.file import read_config
 from slap_ds.config.schema import Config
 from slap_ds.evaluation.answers import template_of
@@ -117,7 +118,11 @@ def whole_folder(target: Path, out: Path | None) -> Iterator[Path]:
 
 def _merge(adapter: Path, folder: Path) -> None:
     """The adapter in its base model, as a whole model folder."""
-    merged(load_adapted(adapter)).save_pretrained(folder)
+    adapted = load_adapted(adapter)
+    base = adapted.peft_config["default"].base_model_name_or_path
+    model = merged(adapted)
+    model.generation_config = generation_config(base, model, None)
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
     note = adapter / "slap_ds.json"
     if note.is_file():

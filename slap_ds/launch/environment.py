@@ -93,6 +93,8 @@ def discover(environ: Mapping[str, str]) -> Place:
     Raises:
         ValueError: variables are missing, are no numbers, or contradict each other.
     """
+    # Schedulers and wrappers set what they do not know to nothing.
+    environ = {name: value for name, value in environ.items() if value.strip()}
     outer = _outer(environ)
     if "RANK" not in environ:
         if outer is not None:
@@ -118,6 +120,13 @@ def rank_said(environ: Mapping[str, str]) -> int:
         if environ.get(names.rank[0], "").isdecimal():
             return int(environ[names.rank[0]])
     return 0
+
+
+def ranks_said(environ: Mapping[str, str], name: str, fallback: int) -> int:
+    """A number of ranks, `name` being WORLD_SIZE or LOCAL_WORLD_SIZE; `fallback` where it is unset,
+    empty, 0 or no number, for messages and estimates."""
+    text = environ.get(name, "").strip()
+    return int(text) if text.isdecimal() and int(text) > 0 else fallback
 
 
 def ask_mpi() -> Place:
@@ -294,8 +303,8 @@ def _compare(environ: Mapping[str, str], one: _Names, other: _Names) -> None:
 
 
 def _number(environ: Mapping[str, str], name: str, fallback: int) -> int:
-    text = environ.get(name)
-    if text is None:
+    text = environ.get(name, "")
+    if not text.strip():
         return fallback
     if not text.strip().isdecimal():
         raise ValueError(f"{name} is {text!r}, expected a whole number: unset it or start again")
@@ -316,7 +325,7 @@ def read_hostfile(path: str) -> dict[str, int]:
         FileNotFoundError: no such file.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some editors put a BOM first
             lines = file.read().splitlines()
     except FileNotFoundError:
         raise FileNotFoundError(

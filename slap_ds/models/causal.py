@@ -83,19 +83,30 @@ class PackedCausalLM(nn.Module):
         self.lm = lm
         self.chunk_tokens = chunk_tokens
         self.block_inputs = block_inputs
+        # Some classes name another attribute as their base, and transformers then gives the whole.
+        base = lm.base_model if lm.base_model is not lm else getattr(lm, "model", None)
+        if base is None:
+            raise ValueError(
+                f"{type(lm).__name__} does not say which part of it is below its head: take "
+                "another architecture, such as llama, glm, qwen2 or mistral"
+            )
+        self._base = (base,)
         # `lm` keeps its own module tree, so that saved names are transformers' names.
         self._head = (head,)
         head.forward = _run_with_weight(head)  # type: ignore[method-assign]
 
     def forward(
-        self, row: PackedRow, mode: Literal["score", "train"], wants: Wants | None = None
+        self, row: PackedRow, mode: Literal["score", "train", "own"], wants: Wants | None = None
     ) -> Any:
         """`score`: HeadScores of the row's samples as a tuple. `train`: the weighted sum of the
-        row's token losses, a scalar to run backward on."""
+        row's token losses, a scalar to run backward on. `own`: the sum of the token losses of the
+        row's logits as the model itself computes them, whole, to compare with."""
+        if mode == "own":
+            return self._own(row)
         if self.block_inputs is not None:
             self.block_inputs.enter(row)
         with self._recorder(wants) as record:
-            hidden = self.lm.base_model(
+            hidden = self._base[0](
                 input_ids=row.input_ids,
                 position_ids=row.position_ids,
                 use_cache=False,
@@ -107,6 +118,16 @@ class PackedCausalLM(nn.Module):
         assert wants is not None
         scores: HeadScores = head(hidden, lambda h, w, b: self._score(h, w, b, row, wants, record))
         return scores
+
+    def _own(self, row: PackedRow) -> Tensor:
+        logits = self.lm(
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
+            use_cache=False,
+            **_structure(self.lm.config, row),
+        ).logits[0]
+        targets = row.targets.to(logits.device)
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
     def _train(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, row: PackedRow) -> Tensor:
         # A row without samples (n = 0) has one token of weight 0.
@@ -192,9 +213,12 @@ def _structure(config: Any, row: PackedRow) -> dict[str, Any]:
 
 
 def _run_with_weight(head: nn.Linear) -> Callable[..., Any]:
-    """`head(hidden, fn)` runs fn(hidden, weight, bias) where the weight is whole."""
+    """`head(hidden, fn)` runs fn(hidden, weight, bias) where the weight is whole; without `fn` the
+    head does what it did."""
 
-    def forward(hidden: Tensor, fn: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
+    def forward(
+        hidden: Tensor, fn: Callable[[Tensor, Tensor, Tensor | None], Any] = nn.functional.linear
+    ) -> Any:
         return fn(hidden, head.weight, head.bias)
 
     return forward

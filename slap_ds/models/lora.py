@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from slap_ds.config.schema import LoraConfig
 
@@ -37,9 +38,17 @@ def add_adapter(lm: Any, settings: LoraConfig, seed: int) -> None:
     except ValueError as error:
         raise ValueError(_about_targets(lm, settings, error)) from None
     if not isinstance(lm.get_output_embeddings(), nn.Linear):
+        whose = "target_modules" if settings.start is None else f"start: {settings.start!r}"
         raise ValueError(
-            "model.lora.target_modules names the output embedding, whose loss and curvature are in "
+            f"model.lora.{whose} adapts the output embedding, whose loss and curvature are in "
             "closed form: adapt layers inside the blocks"
+        )
+    tied = bool(lm.config.get_text_config().tie_word_embeddings)
+    if tied and type(lm.get_input_embeddings()).__module__.startswith("peft."):
+        whose = "target_modules" if settings.start is None else f"start: {settings.start!r}"
+        raise ValueError(
+            f"model.lora.{whose} adapts the input embedding, which this model uses as its output "
+            "embedding too: merged, the adapter would change both; adapt layers inside the blocks"
         )
     if settings.start is not None:
         weights = peft.load_peft_weights(settings.start, device="cpu")
@@ -132,11 +141,45 @@ def merged(model: Any) -> Any:
 
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            dtype = layer.get_base_layer().weight.dtype
+            # A layer, or one parameter of a block of experts.
+            whole = layer.get_param() if hasattr(layer, "get_param") else None
+            dtype = (layer.get_base_layer().weight if whole is None else whole).dtype
             layer.float()
             layer.merge(safe_merge=True)
             layer.to(dtype)
     return model.unload()
+
+
+def logits_of(model: Any) -> Tensor:
+    """Log-probabilities (t, V) float32 that a model gives to a few tokens, by the way that peft
+    applies adapters."""
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.arange(1, 17) * 7919 % vocab
+    model.eval()
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def check_merged(folder: Path, wanted: Tensor, dtype: torch.dtype) -> None:
+    """Compare the model in `folder`, as transformers reads it, with the adapter beside its base.
+
+    Args:
+        wanted: `logits_of` the model before it was merged.
+
+    Raises:
+        ValueError: it gives the tokens other probabilities.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    off = float((logits_of(model) - wanted).abs().mean())
+    # Merged weights are rounded once more.
+    limit = 1e-3 if dtype == torch.float32 else 0.1
+    if not off <= limit:
+        raise ValueError(
+            f"the merged model in {str(folder)!r} is not what was trained: its log-probabilities "
+            f"differ by {off:.3g} on average from the adapter beside its base; export without "
+            "--merge"
+        )
 
 
 def _is_adapter(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from slap_ds.config.file import read_yaml
 from slap_ds.files import sha256
@@ -34,9 +35,9 @@ def compare(run_dirs: Sequence[Path], console: Console) -> None:
     table = Table(title="runs side by side")
     table.add_column("")
     for run_dir in run_dirs:
-        table.add_column(run_dir.name, justify="right")
+        table.add_column(Text(run_dir.name), justify="right")
     if len(runs) > 1:
-        table.add_column(f"{run_dirs[0].name} / {run_dirs[-1].name}", justify="right")
+        table.add_column(Text(f"{run_dirs[0].name} / {run_dirs[-1].name}"), justify="right")
     for name in runs[0]:
         values = [run.get(name) for run in runs]
         cells = [_show(name, value) for value in values]
@@ -44,7 +45,7 @@ def compare(run_dirs: Sequence[Path], console: Console) -> None:
             first, last = values[0], values[-1]
             alike = not different or not _is_loss(name)
             cells.append(f"{first / last:.3f}" if first and last and alike else "")
-        table.add_row(name, *cells)
+        table.add_row(Text(name), *cells)
     console.print(table)
     if different:
         console.print(

@@ -14,6 +14,7 @@ from slap_ds.config.deepspeed import resolve_deepspeed
 from slap_ds.config.schema import Config
 from slap_ds.data.packing import Candidate, make_row
 from slap_ds.engine import Engine
+from slap_ds.launch.environment import ranks_said
 from slap_ds.models.reuse import host_boundary_bytes
 from slap_ds.scoring import Wants
 from slap_ds.selection import make_selector
@@ -46,6 +47,29 @@ def check_isolation(engine: Engine, model_config: Any, attention: str) -> None:
             f"samples of a packed row see each other in {model_config.model_type} with "
             f"model.attention {attention}: try packed, sdpa or flash_attention_2; architectures "
             "that give their attention neither positions nor lengths cannot be trained here"
+        )
+
+
+def check_head(engine: Engine, model_config: Any, dtype: str) -> None:
+    """Refuse a model whose loss is not the closed form over its last hidden states.
+
+    An architecture may have a layer, a scale or a cap between them and its logits that nobody here
+    knows of. So the loss of one sample is compared with that of the model's own logits.
+
+    Raises:
+        ValueError: they differ.
+    """
+    vocab = model_config.get_text_config().vocab_size
+    ids = np.arange(1, 13) * 7919 % vocab
+    row = make_row([Candidate(0, ids, np.ones(len(ids), dtype=bool))])
+    ours = float(engine.score([row], Wants()).loss[0])
+    theirs = engine.own_loss(row)
+    if not abs(ours - theirs) <= (1e-4 if dtype == "float32" else 1e-2) * abs(theirs):
+        tokens = len(ids) - 1
+        raise ValueError(
+            f"{model_config.model_type} computes its logits in another way than by one linear head"
+            f" over its last hidden states: the loss here is {ours / tokens:.4f} nats per token,"
+            f" by its own logits {theirs / tokens:.4f}; it cannot be trained here"
         )
 
 
@@ -85,7 +109,7 @@ def check_boundaries(run: Run) -> None:
     if on_host and not on_cpu:
         need = host_boundary_bytes(local, run.config.score_row_tokens, layers, width, value)
     if on_host:
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", run.comm.world))
+        sharing = ranks_said(os.environ, "LOCAL_WORLD_SIZE", run.comm.world)
         free = psutil.virtual_memory().available / sharing
     else:
         free = float(torch.cuda.mem_get_info(run.engine.device)[0])

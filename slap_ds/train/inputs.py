@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from slap_ds.config.schema import Config
+from slap_ds.data.kept_tokenizer import check_tokenizer
 from slap_ds.data.sources import Limits
 from slap_ds.data.store import TokenStore, build_store
 from slap_ds.data.stream import CandidateStream
@@ -54,6 +55,7 @@ def read_inputs(
             "would only lose something: set scoring.sketch_dim null"
         )
     template = make_template(config.data.template, tokenizer)
+    check_tokenizer(tokenizer, template)
     run_dir = Path(config.run_dir)
 
     def store(paths: list[str], rejects: str) -> TokenStore:
@@ -88,8 +90,15 @@ def read_inputs(
 
 
 def _cache_dir(config: Config) -> Path:
-    fallback = Path.home() / ".cache" / "slap_ds"
-    return Path(config.data.cache_dir or os.environ.get("SLAP_CACHE_DIR") or fallback)
+    if given := config.data.cache_dir or os.environ.get("SLAP_CACHE_DIR"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "slap_ds"
+    except RuntimeError:
+        raise ValueError(
+            "this user has no home folder, so there is no place for tokenised data: set"
+            " data.cache_dir or SLAP_CACHE_DIR"
+        ) from None
 
 
 def make_parts(config: Config, store: TokenStore) -> tuple[CandidateStream, Scorer, Selector]:

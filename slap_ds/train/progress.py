@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, steps: int, start_step: int, *, visible: bool) -> None:
         self.steps, self.done, self.visible = steps, start_step, visible
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False)
         self.started = time.perf_counter()
         self.picked = 0
         self._bar: bars.Progress | None = None
@@ -60,4 +60,4 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line, on the rank that shows progress."""
         if self.visible:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False)

@@ -21,7 +21,7 @@ from slap_ds.distributed.startup import check_shared, first_on_each_node
 from slap_ds.engine import Engine, limit_waiting, make_engine, start_ranks, write_deepspeed
 from slap_ds.scoring import Scorer
 from slap_ds.selection import Selector, make_selector
-from slap_ds.train.checks import check_boundaries, check_isolation, check_reuse
+from slap_ds.train.checks import check_boundaries, check_head, check_isolation, check_reuse
 from slap_ds.train.inputs import Inputs, make_parts, read_inputs
 
 
@@ -141,6 +141,7 @@ def prepare(
         run.state.load_state_dict(state, newest.step)
         run.changed = changed_settings(newest, config.model_dump(mode="json"))
     check_isolation(engine, inputs.model_config, config.model.attention)
+    check_head(engine, inputs.model_config, config.model.dtype)
     if run.reuses and selector.needs:
         check_reuse(engine, config.step.forward)
     comm.agree(run.state.step, "the checkpoint to resume from", str(run.state.step))

@@ -197,3 +197,42 @@ def test_bfloat16_gradients_are_summed_in_float32(tmp_path, dtype, zero, summed)
     path.write_text(json.dumps(mine))
     kept = resolve_deepspeed(read_config(DEMO, options), 2, 64)["data_types"]
     assert kept == {"grad_accum_dtype": "bf16"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optimizer: {lr: 1.0e-3}\nrun_dir: x\noptimizer: {warmup_steps: 1}\n",
+        "optimizer: {lr: 1.0e-3, warmup_steps: 1, lr: 2.0e-3}\n",
+        "data:\n  train: [a]\n  cache_dir: x\n  train: [b]\n",
+        "selection:\n  slap: {a: [{b: 1, b: 2}]}\n",
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_at_every_depth(tmp_path, text):
+    with pytest.raises(ValueError, match=r"stands in line \d+ and again in line \d+") as error:
+        read_config(write(tmp_path, text))
+    assert str(error.value).count("\n") == 0
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path):
+    text = (
+        "a: &a {lr: 1.0e-3}\nrun_dir: x\nmodel: {path: m}\ndata: {train: [d]}\nsteps: 1\n"
+        "optimizer: {<<: *a, lr: 2.0e-3}\n"
+    )
+    with pytest.raises(ValueError, match="1 mistake\n  a: unknown key"):
+        read_config(write(tmp_path, text))
+
+
+def test_the_home_folder_stands_for_a_tilde_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = """
+run_dir: ~/run
+steps: 1
+model: {path: ~/model, tokenizer: ~/tokenizer, lora: {start: ~/adapter}}
+data: {train: [~/a, ~/b], eval: [~/c], cache_dir: ~/cache}
+engine: {deepspeed: ~/ds.json}
+selection: {validation: [~/v], reference_losses: ~/l}
+"""
+    found = read_config(write(tmp_path, text)).model_dump_json()
+    assert "~" not in found
+    assert found.count("/home/someone/") == 11

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,8 @@ def test_labels_are_taken_where_they_are_text() -> None:
 
 
 def test_an_unknown_row_names_its_fields_and_the_known_formats() -> None:
-    with pytest.raises(ValueError, match=r"fields answer, text; known formats: messages .*alpaca"):
-        recognise({"text": "x", "answer": "y", "prompt": None})
+    with pytest.raises(ValueError, match=r"fields answer, body; known formats: messages .*alpaca"):
+        recognise({"body": "x", "answer": "y", "prompt": None})
 
 
 def turn(role: object, content: object = "x", **more: object) -> dict[str, object]:
@@ -159,8 +160,8 @@ BAD_MESSAGES = [
     ([turn("user"), turn("user"), turn("assistant")], "message 2 is 'user' after user"),
     ([turn("user"), turn("system"), turn("assistant")], "message 2 is 'system' after user"),
     ([turn("user"), turn("tool"), turn("assistant")], "message 2 is 'tool' after user"),
-    ([turn("user"), turn("assistant", tool_calls=[{}])], "message 2 has 'tool_calls'"),
-    ([turn("user"), turn("assistant", weight=0)], "message 2 has a 'weight' other than 1"),
+    ([turn("user"), turn("assistant", tool_calls=[{}])], "call 1 of 'tool_calls' has no name"),
+    ([turn("user"), turn("assistant", weight=0.5)], "message 2: 'weight' is 0.5, expected"),
 ]
 
 
@@ -462,3 +463,20 @@ def test_real_data_are_read_whole() -> None:
         if entry["side"] == "bundle":
             expected[entry["source"]] += entry["rows"]
     assert rows == expected
+
+
+def test_a_number_too_long_for_python_costs_its_row_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(f'[{json.dumps(ROW)}, {{"a": {"7" * 5000}}}, {json.dumps(ROW)}]')
+    assert rejects(path) == {2: "Exceeds the limit of 4300 digits"}
+    assert len(read(path)) == 3
+
+
+def test_a_file_name_that_is_not_utf8_can_be_written_everywhere(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xca\xfd.jsonl"
+    Path(os.fsdecode(name)).write_text(json.dumps(ROW) + "\nx\n")
+    found, reject = read(tmp_path)
+    assert isinstance(found, Conversation)
+    assert isinstance(reject, Reject)
+    assert found.source == "\\xca\\xfd"
+    assert reject.file.encode("utf-8").endswith(b"\\xca\\xfd.jsonl")

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import slap_ds.data.store as store_module
+from slap_ds.data.encoding import Encoded, Template
 from slap_ds.data.formats import Message
 from slap_ds.data.store import Counts, TokenStore, build_store
-from slap_ds.data.templates import Encoded, Template, make_template
+from slap_ds.data.templates import make_template
 from tests.small_tokenizers import (
     CHATML,
     DATA_DIR,

@@ -50,7 +50,7 @@ def test_squad_metrics_by_hand():
     assert answer_tokens("The  Eiffel-Tower, (in) Paris!") == ["eiffeltower", "in", "paris"]
     # found: big, dog, dog; wanted: dog, house. One in common: P 1/3, R 1/2, F 2/5.
     assert token_f1("the big dog, dog", "dog house") == pytest.approx(0.4)
-    assert token_f1("", "the") == 1  # both empty after normalisation
+    assert token_f1("", "the") == 0  # of which normalisation would leave nothing
     assert token_f1("", "cat") == 0
 
 
@@ -266,3 +266,11 @@ def test_an_empty_answer_scores_zero(task):
 def test_a_missing_library_is_named():
     with pytest.raises(ValueError, match=r"needs no_such_library: pip install 'slap_ds\[eval\]'"):
         needed("no_such_library.metrics")
+
+
+@pytest.mark.parametrize("reference", ["A", "The", "+", "?", "the a", "。"])
+def test_a_reference_that_normalises_to_nothing_is_compared_as_it_is(reference):
+    for measure in (exact_match, token_f1):
+        assert measure("", reference) == 0
+        assert measure("another", reference) == 0
+        assert measure(f" {reference.lower()} ", reference) == 1

@@ -5,7 +5,14 @@ import types
 
 import pytest
 
-from slap_ds.launch.environment import Place, discover, first_host, rank_said
+from slap_ds.launch.environment import (
+    Place,
+    discover,
+    first_host,
+    rank_said,
+    ranks_said,
+    read_hostfile,
+)
 
 TORCHRUN = {
     "RANK": "3",
@@ -223,3 +230,26 @@ def test_mpi_is_asked_only_where_variables_tell_nothing(monkeypatch):
     # Rank and size are in variables, the first node is not: only that is asked for.
     mpi.COMM_WORLD.bcast = lambda value, root: "node1"
     assert discover(without(OPENMPI, "MASTER_ADDR")).address == "node1"
+
+
+@pytest.mark.parametrize(
+    "name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_RANK"]
+)
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_variable_is_an_unset_one(name, value):
+    place = discover({name: value})
+    assert (place.rank, place.world, place.local_rank) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "ranks"), [("", 3), ("0", 3), ("x", 3), ("-1", 3), ("2", 2), (None, 3)]
+)
+def test_ranks_for_estimates_are_at_least_one(value, ranks):
+    environ = {} if value is None else {"LOCAL_WORLD_SIZE": value}
+    assert ranks_said(environ, "LOCAL_WORLD_SIZE", 3) == ranks
+
+
+def test_a_byte_order_mark_is_no_part_of_a_host(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_bytes(b"\xef\xbb\xbfnode1 slots=2\n")
+    assert read_hostfile(str(path)) == {"node1": 2}

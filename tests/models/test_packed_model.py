@@ -5,8 +5,9 @@ import torch
 
 from slap_ds.data.packing import Candidate, PackedRow, make_row
 from slap_ds.models.causal import PackedCausalLM
-from slap_ds.models.load import check_window
+from slap_ds.models.load import check_window, load_config, load_model
 from slap_ds.scoring import Wants
+from slap_ds.train.checks import check_head
 from tests.models.test_reuse import small
 
 KINDS = ["llama", "glm", "mistral", "qwen2"]
@@ -114,3 +115,41 @@ def test_scoring_switches_dropout_off_and_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
     assert engine.model.training
     torch.testing.assert_close(first.loss, separately(engine.model.eval()))
+
+
+class Alone:
+    """An engine of one packed model."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def score(self, rows, wants):
+        return scores(self.model, rows[0])
+
+    def own_loss(self, row):
+        with torch.no_grad():
+            return float(self.model(row, "own"))
+
+
+ENCODER = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_head_that_is_not_the_model_s_is_refused(kind):
+    config = load_config(None, {"model_type": kind, "is_decoder": True, **ENCODER})
+    lm = load_model(None, config, dtype="float32", attention="sdpa", seed=0)
+    with pytest.raises(ValueError, match=f"{kind} computes its logits in another way than by one"):
+        check_head(Alone(PackedCausalLM(lm, 8).eval()), config, "float32")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("granite", {"logits_scaling": 3.0}),
+        ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}),
+    ],
+)
+def test_the_loss_is_that_of_the_model_s_own_logits(kind, changes):
+    lm = small(kind, **changes)
+    check_head(Alone(PackedCausalLM(lm, 8).eval()), lm.config, "float32")

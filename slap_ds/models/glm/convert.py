@@ -80,7 +80,7 @@ def convert_chatglm(
         raise ValueError(f"unknown dtype {dtype!r}: expected {', '.join(DTYPES)}")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ValueError(f"{dst} is in use: name a new folder")
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False)
     config = read_json(src / "config.json")
     # Written aside, then renamed, so that a visible folder is a whole one.
     part = dst.with_name(f".{dst.name}.part")
