@@ -213,9 +213,9 @@ class SelectionConfig(Section):
     """`selection`: which candidates are trained."""
 
     method: str = "slap"
-    """The selector, a key of slap_ds.selection.SELECTORS (docs/baselines.md): slap, sampled, random,
-    full, hard, easy, el2n, grand, ccs, moderate, infobatch, selective_backprop, rho_loss, divbs, adacore,
-    k_center, uds, greats."""
+    """The selector, a key of slap_ds.selection.SELECTORS (docs/baselines.md): slap, sampled,
+    random, full, hard, easy, el2n, grand, ccs, moderate, infobatch, selective_backprop, rho_loss,
+    divbs, adacore, k_center, uds, greats."""
     keep: float = Field(0.6, gt=0, le=1)
     """Keep ratio M / N in (0, 1]; the pruning rate is 1 - keep."""
     warmup: float = Field(0.0, ge=0, le=1)

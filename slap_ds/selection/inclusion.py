@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_HALVINGS = 100
-
 
 def chances(value: Tensor, cost: Tensor, share: float, least: float) -> Tensor:
     """Inclusion probabilities (N,) float64 whose expected cost is `share` of all of it.
@@ -27,14 +25,17 @@ def chances(value: Tensor, cost: Tensor, share: float, least: float) -> Tensor:
     """
     cost = cost.double().cpu()
     wish = value.double().cpu() / cost.sqrt()
-    wish /= wish.mean()
-    target = share * float(cost.sum())
-    low, high = 0.0, 1.0 / float(wish.min())  # at the upper end all are certain
-    for _ in range(_HALVINGS):
-        k = (low + high) / 2
-        spent = float(((k * wish).clamp(least, 1) * cost).sum())
-        low, high = (low, k) if spent > target else (k, high)
-    return (low * wish).clamp(least, 1)
+    # What is spent grows with k in straight pieces: from least / wish on a candidate's chance
+    # grows, at 1 / wish it is certain.
+    edge, index = torch.cat([least / wish, 1 / wish]).sort()
+    slope = torch.cat([wish * cost, -wish * cost])[index].cumsum(0)[:-1]
+    width = edge.diff()
+    spent = least * cost.sum() + (slope * width).cumsum(0)
+    target = share * cost.sum()
+    piece = min(int((spent < target).sum()), len(width) - 1)
+    missing = target - spent[piece] + slope[piece] * width[piece]
+    k = edge[piece] + (missing / slope[piece]).nan_to_num().clamp(max=width[piece])
+    return (k * wish).clamp(least, 1)
 
 
 def systematic(chance: Tensor, order: Tensor, start: float) -> Tensor:

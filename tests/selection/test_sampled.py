@@ -1,4 +1,4 @@
-"""Draws by size: chances against perturbation, picks against exact integrals, sums against truth."""
+"""Draws by size: chances against others, picks against exact integrals, sums against truth."""
 
 import itertools
 import math

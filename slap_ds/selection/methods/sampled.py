@@ -23,9 +23,9 @@ _LEAST_LOSS = 1e-3  # nats: what is learnt by heart keeps a chance above `least`
 class Sampled(Stateless):
     """Picks with chances proportional to sqrt(n) / sqrt(tokens), weighing the inverse.
 
-    `by` loss multiplies by the candidate's mean loss: it scores all candidates for that, and spreads
-    the picks over the order of losses instead of that of n, so that every loss stratum, however it
-    is cut, trains its expected share to within one pick.
+    Picks are spread over the order of n. `by` loss multiplies the chances by the mean loss: all
+    candidates are scored for that, and the picks are spread over the order of losses, so that every
+    loss stratum, however it is cut, trains its expected share to within one pick.
 
     The budget is one of tokens: `keep` of the batch's, prompts included, in expectation. How many
     picks that makes varies. `least` bounds the weights by its inverse. Quotas would bias the draw:
@@ -60,7 +60,8 @@ class Sampled(Stateless):
 
     def chances(self, batch: ScoredBatch) -> Tensor:
         """(N,) float64: how probable each candidate is to be picked."""
-        assert batch.tokens is not None and batch.response_tokens is not None, "no sizes"
+        assert batch.tokens is not None, "sampled needs sizes"
+        assert batch.response_tokens is not None, "sampled needs sizes"
         value = batch.response_tokens.double().clamp(min=1).sqrt()
         if self.by == "loss":
             value *= batch.loss.double().cpu().clamp(min=_LEAST_LOSS)
