@@ -203,13 +203,23 @@ class GreatsConfig(Section):
     """Step size in the score; default: the step's learning rate."""
 
 
+class SampledConfig(Section):
+    """`selection.sampled`, for method sampled."""
+
+    by: Literal["size", "loss"] = "size"
+    """size: chances by response tokens and cost, nothing is scored; loss: times the mean loss, for
+    which all candidates are scored."""
+    least: float = Field(0.1, gt=0, le=1)
+    """Smallest chance; no pick weighs more than its inverse."""
+
+
 class SelectionConfig(Section):
     """`selection`: which candidates are trained."""
 
     method: str = "slap"
-    """The selector, a key of slap_ds.selection.SELECTORS (docs/baselines.md): slap, random, full,
-    hard, easy, el2n, grand, ccs, moderate, infobatch, selective_backprop, rho_loss, divbs, adacore,
-    k_center, uds, greats."""
+    """The selector, a key of slap_ds.selection.SELECTORS (docs/baselines.md): slap, sampled,
+    random, full, hard, easy, el2n, grand, ccs, moderate, infobatch, selective_backprop, rho_loss,
+    divbs, adacore, k_center, uds, greats."""
     keep: float = Field(0.6, gt=0, le=1)
     """Keep ratio M / N in (0, 1]; the pruning rate is 1 - keep."""
     warmup: float = Field(0.0, ge=0, le=1)
@@ -228,6 +238,7 @@ class SelectionConfig(Section):
     selective_backprop: SelectiveBackpropConfig = SelectiveBackpropConfig()
     uds: UdsConfig = UdsConfig()
     greats: GreatsConfig = GreatsConfig()
+    sampled: SampledConfig = SampledConfig()
 
     @model_validator(mode="after")
     def _sourced(self) -> SelectionConfig:

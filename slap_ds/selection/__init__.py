@@ -15,6 +15,7 @@ from slap_ds.selection.methods.infobatch import InfoBatch
 from slap_ds.selection.methods.k_center import KCenter
 from slap_ds.selection.methods.moderate import Moderate
 from slap_ds.selection.methods.rho_loss import RhoLoss
+from slap_ds.selection.methods.sampled import Sampled
 from slap_ds.selection.methods.selective_backprop import SelectiveBackprop
 from slap_ds.selection.methods.simple import Easy, El2n, Full, Hard, Random
 from slap_ds.selection.methods.uds import Uds
@@ -36,6 +37,7 @@ SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
     "moderate": lambda options: Moderate(),
     "random": lambda options: Random(),
     "rho_loss": lambda options: RhoLoss(options["reference_losses"]),
+    "sampled": lambda options: Sampled(options["keep"], **options["sampled"]),
     "selective_backprop": lambda options: SelectiveBackprop(
         options["keep"], **options["selective_backprop"]
     ),

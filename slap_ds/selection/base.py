@@ -35,6 +35,8 @@ class ScoredBatch:
     nuclear: Tensor | None = None  # (N,) float32, nuclear norm of the response tokens' logits
     hidden: Tensor | None = None  # (N, E) float32, mean final hidden state
     ids: Tensor | None = None  # (N,) int64, sample ids
+    tokens: Tensor | None = None  # (N,) int64, of prompt and answers: what training it costs
+    response_tokens: Tensor | None = None  # (N,) int64, > 0: how many terms of the loss it has
     groups: Tensor | None = None  # (N,) int64 in [0, G): candidates that share a quota
     quotas: Tensor | None = None  # (G,) int64: most picks of a group
     validation: Tensor | None = None  # (D,) float32, mean sketch of validation samples

@@ -196,7 +196,11 @@ def _choose(run: Run, plan: StepPlan, scored: ScoredBatch | None) -> Selection:
         return Selection(torch.arange(n), torch.ones(n))
     generator = torch.Generator().manual_seed(_mix(run.config.seed, plan.step))
     # A selector that needs no scores gets a batch of equal ones.
-    seen = scored if scored is not None else ScoredBatch(loss=torch.zeros(n))
+    seen = replace(
+        scored if scored is not None else ScoredBatch(loss=torch.zeros(n)),
+        tokens=torch.from_numpy(plan.batch.lengths),
+        response_tokens=torch.from_numpy(plan.batch.response_tokens),
+    )
     if plan.balance != "quota" or comm.world == 1:
         return select(run.selector, seen, plan.budget, generator)
     return select_balanced(
