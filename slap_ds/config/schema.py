@@ -216,8 +216,8 @@ class SampledConfig(Section):
 class SelectionConfig(Section):
     """`selection`: which candidates are trained."""
 
-    method: str = "slap"
-    """The selector, a key of slap_ds.selection.SELECTORS (docs/baselines.md): slap, sampled,
+    method: str = "sampled"
+    """The selector, a key of slap_ds.selection.SELECTORS (docs/baselines.md): sampled, slap,
     random, full, hard, easy, el2n, grand, ccs, moderate, infobatch, selective_backprop, rho_loss,
     divbs, adacore, k_center, uds, greats."""
     keep: float = Field(0.6, gt=0, le=1)
