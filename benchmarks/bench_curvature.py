@@ -68,7 +68,7 @@ def main() -> None:
         }
         flags = [f"--{key}={value}" for key, value in changes.items()]
         run = prepare(read_config(options.config, [*overrides, *flags]))
-        scoring = run.config.resolved_scoring
+        scoring = run.scorer.plan.config
         scorers = {
             name: Scorer(replace(run.scorer.plan, config=scoring.model_copy(update=settings)))
             for name, settings in CONTESTANTS.items()

@@ -1,26 +1,25 @@
 """Every setting of a run: one frozen `Config`, its defaults, meanings and what must fit together.
 
-config_file.py reads it from YAML and overrides; `slap-ds settings` prints the text below each
-setting. The DeepSpeed JSON stays a file of its own (deepspeed_json.py).
+file.py reads it from YAML and overrides; `slap-ds settings` prints the text below each
+setting. The DeepSpeed JSON stays a file of its own (deepspeed.py).
 """
 
 from __future__ import annotations
 
-import os
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-# A file, folder or name; `~` is the user's home.
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-
-
-class Section(BaseModel):
-    """A group of settings: unknown keys are errors, and values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
-    )
+from slap_ds.config.methods import (
+    CcsConfig,
+    GreatsConfig,
+    InfoBatchConfig,
+    SampledConfig,
+    SelectiveBackpropConfig,
+    SlapConfig,
+    UdsConfig,
+)
+from slap_ds.config.section import PathText, Section
 
 
 class LoraConfig(Section):
@@ -80,7 +79,7 @@ class DataConfig(Section):
 
     train: list[PathText] = Field(min_length=1)
     """Training files, folders, globs or hub names; `builtin:demo/train` ships in the package."""
-    eval: list[PathText] = []
+    eval: list[PathText] = Field([])
     """Evaluation files, the same kinds."""
     format: str = "auto"
     """messages, sharegpt, alpaca, prompt_completion; auto recognises each row by its fields."""
@@ -128,91 +127,6 @@ class StepConfig(Section):
     """Where reuse keeps the block inputs of all candidates between scoring and training."""
 
 
-class SlapConfig(Section):
-    """`selection.slap`, for method slap."""
-
-    strata: int = Field(4, ge=1)
-    """K: number of loss strata."""
-    strata_by: Literal["quantile", "width"] = "quantile"
-    """Equal counts, or equal loss ranges between the smallest and the largest loss."""
-    budgets: Literal["sampled", "expected"] = "sampled"
-    """Budget per stratum: counted from a Gumbel top-M draw, or its expectation rounded."""
-    preset: Literal["measured", "paper"] = "measured"
-    """Which sketches it takes if scoring.sketch_norm does not say. measured: of unit length, as
-    docs/experiments.md supports; paper: as they are, our reading of the paper."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides the losses in softmax(loss / temperature); nats per token."""
-    reweight: Literal["none", "inverse"] = "none"
-    """inverse: picks of a stratum weigh its size over its budget, so that hard samples count
-    no more than in the whole batch; scaled to mean 1."""
-    across_strata: bool = True
-    """Measure distances to the picks of earlier strata too."""
-
-
-class CcsConfig(Section):
-    """`selection.ccs`, for method ccs."""
-
-    beta: float = Field(0.0, ge=0, lt=1)
-    """Share of the candidates dropped as hardest; published: 0.2 at 80 % pruning, 0.3 at 90 %."""
-    strata: int = Field(50, ge=1)
-    """Strata of equal loss ranges."""
-
-
-class InfoBatchConfig(Section):
-    """`selection.infobatch`, for method infobatch."""
-
-    r: float | None = Field(None, gt=0, lt=1)
-    """Probability of dropping a candidate whose remembered loss is below the mean; default: what
-    keeps selection.keep of all candidates of the run. Published: 0.5."""
-    delta: float = Field(0.875, gt=0, le=1)
-    """Share of the run after which nothing is dropped."""
-
-
-class SelectiveBackpropConfig(Section):
-    """`selection.selective_backprop`, for the method of that name."""
-
-    schedule: Literal["always", "published"] = "always"
-    """always: every step trains selection.keep of its candidates; published: only from start to
-    end of the run, and there every interrupt-th step trains all."""
-    start: float = Field(0.5, ge=0, le=1)
-    """published: share of the run before which all are trained."""
-    end: float = Field(0.9, ge=0, le=1)
-    """published: share of the run after which all are trained."""
-    interrupt: int = Field(2, ge=0)
-    """published: every how many steps all are trained; 0: none."""
-
-
-class UdsConfig(Section):
-    """`selection.uds`, for method uds."""
-
-    alpha: float | None = Field(None, ge=0)
-    """Weight of the mean distance to recent picks; default: what gives it the standard deviation of
-    the nuclear norms, step by step. Published, for other embeddings: 1.5e-3."""
-    queue: int = Field(1024, ge=1)
-    """How many recent picks are remembered."""
-    width: int = Field(1024, ge=1)
-    """Numbers of an embedding; wider hidden states are projected by random signs."""
-
-
-class GreatsConfig(Section):
-    """`selection.greats`, for method greats."""
-
-    batch: int = Field(2, ge=1)
-    """Validation samples drawn at each step."""
-    eta: float | None = Field(None, ge=0)
-    """Step size in the score; default: the step's learning rate."""
-
-
-class SampledConfig(Section):
-    """`selection.sampled`, for method sampled."""
-
-    by: Literal["size", "loss"] = "size"
-    """size: chances by response tokens and cost, nothing is scored; loss: times the mean loss, for
-    which all candidates are scored."""
-    least: float = Field(0.1, gt=0, le=1)
-    """Smallest chance; no pick weighs more than its inverse."""
-
-
 class SelectionConfig(Section):
     """`selection`: which candidates are trained."""
 
@@ -229,7 +143,7 @@ class SelectionConfig(Section):
     reference_losses: PathText | None = None
     """rho_loss: the file of each training sample's loss under a reference model, as written by
     `slap-ds losses`."""
-    validation: list[PathText] = []
+    validation: list[PathText] = Field([])
     """greats: files, folders, globs or hub names of the samples whose loss shall fall; none of them
     may be in data.eval."""
     slap: SlapConfig = SlapConfig()
@@ -239,20 +153,6 @@ class SelectionConfig(Section):
     uds: UdsConfig = UdsConfig()
     greats: GreatsConfig = GreatsConfig()
     sampled: SampledConfig = SampledConfig()
-
-    @model_validator(mode="after")
-    def _sourced(self) -> SelectionConfig:
-        if self.method == "greats" and not self.validation:
-            raise ValueError(
-                "selection.method greats needs selection.validation, files of samples whose loss "
-                "shall fall; not those of data.eval, which would then measure nothing"
-            )
-        if self.method == "rho_loss" and self.reference_losses is None:
-            raise ValueError(
-                "selection.method rho_loss needs selection.reference_losses, a file that "
-                "slap-ds losses writes with a reference model"
-            )
-        return self
 
 
 class ScoringConfig(Section):
@@ -291,6 +191,12 @@ class ScoringConfig(Section):
     """Smallest curvature, as a share of its mean over dimensions; keeps the division bounded."""
     chunk_tokens: int = Field(512, ge=1)
     """Tokens whose logits are held at once: peak extra memory is chunk_tokens * V * 12 bytes."""
+
+    def resolved(self, unit: bool) -> ScoringConfig:
+        """`sketch_norm` auto replaced by what the method takes: `unit` sketches, or as they are."""
+        if self.sketch_norm != "auto":
+            return self
+        return self.model_copy(update={"sketch_norm": "unit" if unit else "none"})
 
     @model_validator(mode="after")
     def _fitting(self) -> ScoringConfig:
@@ -455,14 +361,6 @@ class Config(Section):
         if self.selection.warmup + self.selection.cooldown > 1:
             raise ValueError("selection.warmup + selection.cooldown exceed 1")
         return self
-
-    @property
-    def resolved_scoring(self) -> ScoringConfig:
-        """`scoring` with `sketch_norm` auto replaced by what the method takes."""
-        if self.scoring.sketch_norm != "auto":
-            return self.scoring
-        unit = self.selection.method == "slap" and self.selection.slap.preset == "measured"
-        return self.scoring.model_copy(update={"sketch_norm": "unit" if unit else "none"})
 
     @property
     def score_row_tokens(self) -> int:

@@ -30,7 +30,7 @@ SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
     "el2n": lambda options: El2n(),
     "full": lambda options: Full(),
     "grand": lambda options: Grand(),
-    "greats": lambda options: Greats(eta=options["greats"]["eta"]),
+    "greats": lambda options: Greats(options["validation"], options["greats"]["eta"]),
     "hard": lambda options: Hard(),
     "infobatch": lambda options: InfoBatch(options["keep"], **options["infobatch"]),
     "k_center": lambda options: KCenter(),

@@ -80,6 +80,7 @@ class Selector(Protocol):
     needs: frozenset[Signal]
     takes_quotas: bool  # whether `select` honours the batch's groups and quotas
     own_count: bool  # whether `select` may pick more or fewer than its budget
+    unit_sketches: bool  # whether sketches of unit length suit it, unless the user says otherwise
     remembers_until: float  # share of the run in which steps that train all are scored too
 
     def begin(self, course: Course) -> None:
@@ -117,6 +118,7 @@ class Stateless:
 
     takes_quotas = False
     own_count = False
+    unit_sketches = False
     remembers_until = 0.0
 
     def begin(self, course: Course) -> None:

@@ -34,6 +34,9 @@ class Slap(Stateless):
     takes_quotas = True
     needs: frozenset[Signal] = frozenset({"loss", "sketch"})
 
+    def __post_init__(self) -> None:
+        self.unit_sketches = self.preset == "measured"
+
     def select(self, batch: ScoredBatch, budget: int, generator: Generator) -> Selection:
         assert batch.sketch is not None, "slap needs sketches"
         k = min(self.strata, len(batch))

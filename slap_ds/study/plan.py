@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slap_ds.config.file import read_config, read_yaml, validated
-from slap_ds.config.schema import Config, Section
+from slap_ds.config.schema import Config
+from slap_ds.config.section import Section
 
 PLAIN = "plain"
 # What a method and its opponent have the same of, and "all": the reference's whole run.

@@ -109,5 +109,6 @@ def make_parts(config: Config, store: TokenStore) -> tuple[CandidateStream, Scor
     selector = make_selector(config.selection.model_dump())
     ids, candidates = torch.from_numpy(store.sample_ids), config.batch.candidates
     selector.begin(Course(ids, len(stream), candidates))
-    scorer = Scorer(ScoringPlan(config.resolved_scoring, selector.needs, config.seed))
+    scoring = config.scoring.resolved(selector.unit_sketches)
+    scorer = Scorer(ScoringPlan(scoring, selector.needs, config.seed))
     return stream, scorer, selector

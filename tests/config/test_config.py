@@ -8,6 +8,7 @@ import pytest
 
 from slap_ds.config.deepspeed import DEFAULT_DEEPSPEED, resolve_deepspeed
 from slap_ds.config.file import config_keys, read_config
+from slap_ds.selection import make_selector
 
 pytestmark = pytest.mark.lane
 
@@ -136,7 +137,9 @@ def test_offload_to_disk_is_refused(key, device, tmp_path):
 
 def test_slap_alone_takes_unit_sketches_unless_told_otherwise():
     def norm(*overrides):
-        return read_config(DEMO, overrides).resolved_scoring.sketch_norm
+        config = read_config(DEMO, overrides)
+        selector = make_selector(config.selection.model_dump())
+        return config.scoring.resolved(selector.unit_sketches).sketch_norm
 
     assert norm() == "unit"
     assert norm("--selection.slap.preset", "paper") == "none"

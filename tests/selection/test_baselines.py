@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slap_ds.checkpoint.state import packed
-from slap_ds.config.schema import Config, SelectionConfig
+from slap_ds.config.schema import SelectionConfig
 from slap_ds.selection import (
     SELECTORS,
     Course,
@@ -61,6 +61,7 @@ def make(method, reference=None, keep=0.5, steps=40, samples=80, candidates=20, 
     """A selector that has begun a run of `steps` * `candidates` / `samples` epochs."""
     options = SelectionConfig().model_dump() | {"method": method, "keep": keep}
     options["reference_losses"] = None if reference is None else str(reference)
+    options["validation"] = ["samples.jsonl"]
     for section, fields in changes.items():
         options[section] = options[section] | fields
     selector = make_selector(options)
@@ -324,11 +325,9 @@ def test_rho_loss_tells_what_is_missing(reference, tmp_path):
 
 
 def test_methods_say_what_they_lack():
-    run = {"run_dir": "r", "steps": 1, "data": {"train": ["x"]}}
-    run["model"] = {"path": "m"}
     for method, key in {"greats": "validation", "rho_loss": "reference_losses"}.items():
         with pytest.raises(ValueError, match=f"needs selection.{key}"):
-            Config.model_validate({**run, "selection": {"method": method}})
+            make_selector(SelectionConfig(method=method).model_dump())
 
 
 @st.composite

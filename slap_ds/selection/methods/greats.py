@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +26,24 @@ class Greats(Stateless):
     step as in published code, and scored beside the candidates.
 
     Args:
+        validation: where the validation samples are read from.
         eta: step size in the formula; None: the step's learning rate, as published.
+
+    Raises:
+        ValueError: there are no validation samples.
     """
 
+    validation: Sequence[str]
     eta: float | None = None
     takes_quotas = True
     needs: frozenset[Signal] = frozenset({"sketch", "validation"})
+
+    def __post_init__(self) -> None:
+        if not self.validation:
+            raise ValueError(
+                "selection.method greats needs selection.validation, files of samples whose loss "
+                "shall fall; not those of data.eval, which would then measure nothing"
+            )
 
     def select(self, batch: ScoredBatch, budget: int, generator: Generator) -> Selection:
         assert batch.sketch is not None, "greats needs sketches"
