@@ -79,11 +79,11 @@ def _file(path: Path) -> Source:
         raise ValueError(
             f"{path}: unknown kind of file; expected one that ends in {', '.join(SUFFIXES)}"
         )
-    return Source(_shown(str(path)), _shown(path.name.removesuffix(suffix)), (path,))
+    return Source(str(path), _shown(path.name.removesuffix(suffix)), (path,))
 
 
 def _shown(name: str) -> str:
-    """A path as text that can be written anywhere: bytes that are not UTF-8 stand as \\xd0."""
+    """A name as text that can be written anywhere: bytes that are not UTF-8 stand as \\xd0."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
