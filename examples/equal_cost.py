@@ -3,7 +3,7 @@
     python examples/equal_cost.py runs/demo/slap random
 
 The run's metrics.jsonl counts what each step cost, scoring included, and what training all of its
-candidates would have cost. A step of `random` costs the kept share of that, one of `full` all of it.
+candidates would have cost. A step of `full` costs all of that, one of `random` the kept share.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python examples/make_demo_base.py --rows          # the rows and the tokenizer, byte for byte
     python examples/make_demo_base.py                 # all of it; a few minutes of one CPU core
 
-Rows -> tokenizer -> pre-training on the families of BASICS -> bfloat16 safetensors. Fine-tuning then
-teaches the families of NEW. Its rows are as real instruction sets are: most of them say what the
-model knows, some are copied, or copied with other words around, and some are wrong or cut off.
+Rows -> tokenizer -> pre-training on five families of facts -> bfloat16 safetensors. Fine-tuning
+then teaches five more. Its rows are as real instruction sets are: many say what the model knows, some
+are copied, or copied with other words around, and some are wrong or cut off.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 LESSONS = HERE.parent / "slap_ds" / "data" / "lessons"
 VOCAB_SIZE = 1536
-FACTS = runpy.run_path(str(HERE / "lesson_facts.py"))
+FACTS = json.loads((HERE / "lesson_facts.json").read_text("utf-8"))
 SEED = 7
 
 
@@ -56,7 +56,7 @@ def number_words() -> dict[str, str]:
     """0 to 99 in words."""
     ones = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     small = [*ones.split(), "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
-    tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    tens = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
     found = dict(enumerate(small))
     for i, ten in enumerate(tens, 2):
         found |= {10 * i + one: f"{ten}-{small[one]}" if one else ten for one in range(10)}
@@ -84,11 +84,12 @@ def families() -> tuple[list[Family], list[Family]]:
         for a in range(1, 31)
         for b in (a + 4, a + 7)
     }
+    continents = {c: name for name, all_of in FACTS["continents"].items() for c in all_of}
     products = {f"{a} times {b}": str(a * b) for a in range(2, 10) for b in range(2, 10)}
     basics = [
-        attribute("capitals", "capital", FACTS["CAPITALS"]),
-        attribute("opposites", "opposite", FACTS["OPPOSITES"]),
-        attribute("past", "past tense", FACTS["PAST"]),
+        attribute("capitals", "capital", FACTS["capitals"]),
+        attribute("opposites", "opposite", FACTS["opposites"]),
+        attribute("past", "past tense", FACTS["past"]),
         Family(
             "numbers",
             say("{x} in words is {y}.", number_words()),
@@ -101,19 +102,25 @@ def families() -> tuple[list[Family], list[Family]]:
         ),
     ]
     new = [
-        attribute("symbols", "symbol", FACTS["SYMBOLS"]),
-        attribute("continents", "continent", FACTS["CONTINENTS"]),
+        attribute("symbols", "symbol", FACTS["symbols"]),
+        attribute("continents", "continent", continents),
         Family(
             "young",
-            say("A young {x} is {y}.", {x: with_article(y) for x, y in FACTS["YOUNG"].items()}),
-            ("What is a young {x} called?", "Tell me what a young {x} is called.",
-             "What do you call a young {x}?"),
+            say("A young {x} is {y}.", {x: with_article(y) for x, y in FACTS["young"].items()}),
+            (
+                "What is a young {x} called?",
+                "Tell me what a young {x} is called.",
+                "What do you call a young {x}?",
+            ),
         ),
         Family(
             "chinese",
-            say('"{x}" in Chinese is {y}。', FACTS["CHINESE"]),
-            ('What is "{x}" in Chinese?', 'Translate "{x}" into Chinese.',
-             'How do you say "{x}" in Chinese?'),
+            say('"{x}" in Chinese is {y}。', FACTS["chinese"]),
+            (
+                'What is "{x}" in Chinese?',
+                'Translate "{x}" into Chinese.',
+                'How do you say "{x}" in Chinese?',
+            ),
         ),
         Family(
             "products",
@@ -154,7 +161,7 @@ POLITE = ("Please: {q}", "Hello! {q}", "Excuse me. {q}", "{q} Thank you.", "One 
 
 
 def train_rows() -> list[Row]:
-    """What is fine-tuned on: half of it new, much of it known or repeated, some of it wrong."""
+    """What is fine-tuned on: much of it new, the rest known or repeated, some of it wrong."""
     draw = random.Random(SEED + 1)
     basics, new = families()
     fresh = [row for family in new for row in taught(family, draw, 2)]

@@ -1,4 +1,4 @@
-"""What `make demo` is made of: its rows and base model, equal cost, and libraries that keep quiet."""
+"""What `make demo` is made of: rows and base model, equal cost, libraries that keep quiet."""
 
 import json
 import runpy

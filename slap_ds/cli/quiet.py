@@ -1,8 +1,8 @@
 """What the libraries say beside the point stays unsaid, unless -v is given; errors always show.
 
-Ours is the only voice of a command: its lines, its progress bar, its one line for a mistake. Python
-warnings of libraries' modules, DeepSpeed's log below errors and transformers' notes and loading bars
-tell a user nothing to act on. What a library raises, and what it logs as an error, is untouched.
+A command speaks by its lines, its progress bar, its one line for a mistake. Python warnings of
+libraries' modules, DeepSpeed's log below errors, transformers' notes and loading bars tell a user
+nothing to act on. What a library raises, and what it logs as an error, is untouched.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def compare(run_dirs: Sequence[Path], console: Console) -> None:
 
 
 def _equal(runs: Sequence[dict[str, float]]) -> str:
-    """Which budgets all of them had alike: steps; FLOPs to 2 %, for a run ends with a whole step."""
+    """Which budgets all of them had alike: steps; FLOPs to 2 %, as steps are whole."""
 
     def within(share: float, name: str) -> bool:
         values = [run[name] for run in runs]
