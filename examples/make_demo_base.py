@@ -4,8 +4,8 @@
     python examples/make_demo_base.py                 # all of it; a few minutes of one CPU core
 
 Rows -> tokenizer -> pre-training on five families of facts -> bfloat16 safetensors. Fine-tuning
-then teaches five more. Its rows are as real instruction sets are: many say what the model knows, some
-are copied, or copied with other words around, and some are wrong or cut off.
+then teaches five more. Its rows are as real instruction sets are: many say what the model
+knows, some are copied, or copied with other words around, and some are wrong or cut off.
 """
 
 from __future__ import annotations
