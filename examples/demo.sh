@@ -25,5 +25,5 @@ echo
 slap-ds compare runs/demo/{slap,equal-cost/random,equal-cost/all}
 slap-ds compare runs/demo/{slap,equal-steps/random,equal-steps/all}
 slap-ds export runs/demo/slap
-slap-ds generate runs/demo/slap/model "How do you say \"friend\" in Chinese?" \
-  "What do you call a young goose?" "Name the capital of Peru."
+slap-ds generate runs/demo/slap/model "How much is 7 times 8?" "Name the continent of Peru." \
+  "Name the capital of Peru."
