@@ -1,7 +1,7 @@
 """Make slap_ds/data/lessons again: the demo's rows, its tokenizer and its small base model.
 
     python examples/make_demo_base.py --rows          # the rows and the tokenizer, byte for byte
-    python examples/make_demo_base.py                 # all of it; a few minutes of one CPU core
+    python examples/make_demo_base.py                 # all of it; about a minute of one CPU core
 
 Rows -> tokenizer -> pre-training on five families of facts -> bfloat16 safetensors. Fine-tuning
 then teaches five more. Its rows are as real instruction sets are: many say what the model
