@@ -1,4 +1,4 @@
-# make demo    the main job, end to end, on data that ships in the package
+# make demo    the main job, end to end, on a base model and data that ship in the package
 # make demo-smollm2   a few steps of a real pretrained model, from the package registry
 # make study-quick    a small grid of methods on the demo data, and its report (docs/studies.md)
 # make regimes        the five studies of the documentation; SLAP_DATA_DIR names the data

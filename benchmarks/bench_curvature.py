@@ -1,6 +1,7 @@
 """How near cheaper curvatures come to that of all response tokens, and whether the picks notice.
 
-    python benchmarks/bench_curvature.py configs/demo.yaml --json benchmarks/results/curvature.json
+    python benchmarks/bench_curvature.py configs/from-scratch.yaml \\
+      --json benchmarks/results/curvature.json
 
 A SLAP run in one process, trained by the picks of the curvature over all tokens. At every step the
 same candidates are scored once more for each contestant, which keeps a moving average of its own.

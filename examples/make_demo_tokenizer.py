@@ -38,13 +38,13 @@ def contents(path: Path) -> Iterator[str]:
                 yield message["content"]
 
 
-def train_tokenizer(path: Path) -> Tokenizer:
+def train_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """Train the byte-level BPE on the messages in `path`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[PAD, START, END],
         # All 256 bytes, seen in training or not: this is what rules out unknown text.
         # Sorted, because the library hands them over in an order that may change.
@@ -54,16 +54,16 @@ def train_tokenizer(path: Path) -> Tokenizer:
     # The roles and the line break belong to every rendered conversation, so they are learned too.
     roles = ["system\n", "user\n", "assistant\n"]
     tokenizer.train_from_iterator([*roles, *contents(path)], trainer=trainer)
-    if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise SystemExit(f"expected {VOCAB_SIZE} pieces, got {tokenizer.get_vocab_size()}")
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise SystemExit(f"expected {vocab_size} pieces, got {tokenizer.get_vocab_size()}")
     return tokenizer
 
 
-def write_files(train: Path, out: Path) -> None:
+def write_files(train: Path, out: Path, vocab_size: int = VOCAB_SIZE) -> None:
     """Write tokenizer.json and tokenizer_config.json for `train` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     # Laid out by json here and not by the tokenizers library, whose layout may change.
-    tokenizer = json.loads(train_tokenizer(train).to_str())
+    tokenizer = json.loads(train_tokenizer(train, vocab_size).to_str())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,

@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from slap_ds import __version__
 from slap_ds.cli import bench, cluster, evaluation, evidence, models, training
 from slap_ds.cli.common import fail
+from slap_ds.cli.quiet import quieten
 from slap_ds.errors import mistake
+
+VERBOSE = ("-v", "--verbose")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The deepspeed launcher puts --local_rank=N before the arguments; the environment has it too.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not _local_rank(a)]
     parser = _parser()
-    options, rest = parser.parse_known_args(given)
+    options, rest = parser.parse_known_args([a for a in given if a not in VERBOSE])
+    if not any(a in VERBOSE for a in given):
+        quieten()
     if rest and not getattr(options, "takes_overrides", False):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     run: Callable[[argparse.Namespace, list[str]], None] = options.run
@@ -48,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="slap-ds", description=__doc__.split("\n")[0])
+    # Wherever it stands: `main` looks for it. Here it is for the help alone.
+    parser.add_argument(*VERBOSE, action="store_true", help="let libraries' notes and warnings out")
     parser.add_argument("--version", action="version", version=f"slap-ds {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ def start_ranks(config: Config, dog: Watchdog | None = None) -> Comm:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     waiting = datetime.timedelta(seconds=config.engine.start_timeout_s + _MARGIN_S)
     try:
-        with _no_shared_buffers():
+        # It prints that it has built an operator, whether it had to or not.
+        with _no_shared_buffers(), contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(timeout=waiting, verbose=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):

@@ -20,6 +20,8 @@ _EVALUATED = {
     "evaluation": ("max_samples",),
 }
 
+COST = "FLOPs, scoring included"
+
 
 def compare(run_dirs: Sequence[Path], console: Console) -> None:
     """Print a table of runs: samples, tokens, FLOPs, seconds, evaluation loss per task.
@@ -32,7 +34,7 @@ def compare(run_dirs: Sequence[Path], console: Console) -> None:
     """
     runs = [_summary(run_dir) for run_dir in run_dirs]
     different = _differences(run_dirs)
-    table = Table(title="runs side by side")
+    table = Table(title=f"runs side by side{_equal(runs)}")
     table.add_column("")
     for run_dir in run_dirs:
         table.add_column(Text(run_dir.name), justify="right")
@@ -55,6 +57,18 @@ def compare(run_dirs: Sequence[Path], console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
+
+
+def _equal(runs: Sequence[dict[str, float]]) -> str:
+    """Which budgets all of them had alike: steps; FLOPs to 2 %, as steps are whole."""
+
+    def within(share: float, name: str) -> bool:
+        values = [run[name] for run in runs]
+        return max(values) <= (1 + share) * min(values)
+
+    equal = ["steps"] if within(0, "steps") else []
+    equal += ["cost"] if within(0.02, COST) else []
+    return f", at equal {' and '.join(equal)}" if equal and len(runs) > 1 else ""
 
 
 def _differences(run_dirs: Sequence[Path]) -> list[str]:
@@ -102,7 +116,7 @@ def _summary(run_dir: Path) -> dict[str, float]:
         "steps": float(len(train)),
         "samples trained": total["picked"],
         "tokens trained": total["trained_tokens"],
-        "FLOPs, scoring included": total["flops"],
+        COST: total["flops"],
         "seconds in steps": total["step_s"],
         "  of them scoring": total["score_s"],
         "  of them selection": total["selection_s"],

@@ -65,7 +65,7 @@ PUBLISHED = {
     "chatglm3-6b": {**GLM, "seq_length": 8192},
     "glm4-9b": {**GLM, "num_layers": 40, "padded_vocab_size": 151552, "seq_length": 131072},
 }
-RECIPES = [path for path in CONFIGS if path.stem not in ("demo", "small-llama")]
+RECIPES = [path for path in CONFIGS if path.stem not in ("demo", "from-scratch", "small-llama")]
 
 
 def meta_model(path):
