@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEEPSPEED = "deepspeed==0.19.8"
 # What slap_ds and DeepSpeed import beside torch, transformers and numpy; then what the tests do.
 NAMES = ["hjson", "pydantic", "annotated-types", "typing-inspection", "typing-extensions"]
-NAMES += ["msgpack", "py-cpuinfo", "psutil", "einops", "ninja", "gguf==0.19.0"]
+NAMES += ["msgpack", "py-cpuinfo", "psutil", "einops", "ninja", "gguf==0.19.0", "accelerate"]
 NAMES += ["pytest", "pluggy", "iniconfig", "hypothesis", "sortedcontainers"]
 PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"]
 LIMIT_MIB = 10.0  # without the model
