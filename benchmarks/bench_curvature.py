@@ -108,7 +108,7 @@ def compare(run: Run, step: int, scorers: dict[str, Scorer]) -> dict[str, Any]:
     budget = budget_at(step, len(run.stream), len(batch), run.config, run.selector)
     diagonals, averages, picks = {}, {}, {}
     for name, scorer in scorers.items():
-        local = run.engine.score(rows, scorer.wants(step))
+        local = run.engine.score(rows, scorer.request(step))
         scores = run.comm.gather(step, local, len(batch))
         scored = scorer.finish(scores, batch.content)
         generator = torch.Generator().manual_seed(step)

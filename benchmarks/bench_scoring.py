@@ -36,7 +36,7 @@ from slap_ds.models.causal import (
     enable_checkpointing,
 )
 from slap_ds.models.load import load_config, load_model
-from slap_ds.scoring import ScoringPlan, Tail, Wants
+from slap_ds.scoring import ScoreRequest, ScoringPlan, Tail
 from slap_ds.scoring.head import head_bytes, head_cost
 from slap_ds.scoring.plan import block_passes
 
@@ -69,9 +69,12 @@ def main() -> None:
     rows = [row.to(device) for row in rows]
     chosen = options.cases or list(CASES)
     plans = {name: ScoringPlan(ScoringConfig(**CASES[name]), SKETCHED, 1) for name in chosen}
-    wants = {LOSS: Wants(), **{name: plan.wants(1, None) for name, plan in plans.items()}}
+    request = {
+        LOSS: ScoreRequest(),
+        **{name: plan.request(1, None) for name, plan in plans.items()},
+    }
     work: dict[str, Callable[[], Any]] = {
-        name: lambda order=order: score(model, rows, order) for name, order in wants.items()
+        name: lambda order=order: score(model, rows, order) for name, order in request.items()
     }
     if options.train:
         work[STEP] = lambda: train(model, rows)
@@ -87,8 +90,8 @@ def main() -> None:
     clock = "wall_s" if device.type == "cuda" else "cpu_s"
     cases = [case(name, rounds, clock, memory) for name in work]
     for record in cases:
-        if record["case"] in wants:
-            record |= analytic(wants[record["case"]], record, shape, options.chunk_tokens)
+        if record["case"] in request:
+            record |= analytic(request[record["case"]], record, shape, options.chunk_tokens)
         print(line(record))
     default = next((c["over_loss_forward"] for c in cases if c["case"] == "default"), None)
     result = {
@@ -158,14 +161,14 @@ def make_rows(options: argparse.Namespace, vocab: int) -> list[PackedRow]:
     return pack(samples, options.row_tokens)
 
 
-def score(model: PackedCausalLM, rows: list[PackedRow], wants: Wants) -> None:
+def score(model: PackedCausalLM, rows: list[PackedRow], request: ScoreRequest) -> None:
     """What `Engine.score` does with its rows."""
     model.eval()
     with torch.no_grad():
-        if wants.blocks:
-            model.tail = Tail(model.lm, wants.blocks)
+        if request.blocks:
+            model.tail = Tail(model.lm, request.blocks)
         for row in rows:
-            model(row, "score", wants)
+            model(row, "score", request)
     model.tail = None
 
 
@@ -247,18 +250,18 @@ def case(
 
 
 def analytic(
-    wants: Wants, record: dict[str, Any], shape: dict[str, Any], chunk_tokens: int
+    request: ScoreRequest, record: dict[str, Any], shape: dict[str, Any], chunk_tokens: int
 ) -> dict[str, Any]:
     """The counted FLOPs and bytes, and the ratio with all of the real model's layers."""
     t, n, e, v = (shape[k] for k in ("response_tokens", "samples", "E", "V"))
     blocks, layers = shape["block_flops"], shape["layers"]
-    plain = blocks + head_cost(Wants(), t, n, e, v, chunk_tokens)
-    flops = blocks * (1 + block_passes(wants, layers))
-    flops += head_cost(wants, t, n, e, v, chunk_tokens)
+    plain = blocks + head_cost(ScoreRequest(), t, n, e, v, chunk_tokens)
+    flops = blocks * (1 + block_passes(request, layers))
+    flops += head_cost(request, t, n, e, v, chunk_tokens)
     out = {
         "flops": flops,
         "flops_over_loss_forward": flops / plain,
-        "head_bytes_bound": head_bytes(wants, -(-n // shape["rows"]), e, v, chunk_tokens),
+        "head_bytes_bound": head_bytes(request, -(-n // shape["rows"]), e, v, chunk_tokens),
     }
     missing = shape["layers_of_the_real_model"] / layers - 1
     if missing:

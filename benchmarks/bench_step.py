@@ -25,7 +25,7 @@ from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import stop_ranks
 from slap_ds.models.causal import block_flops, head_flops
-from slap_ds.scoring import Wants
+from slap_ds.scoring import ScoreRequest
 from slap_ds.train.record import train_step
 from slap_ds.train.run import Run, prepare
 
@@ -193,7 +193,7 @@ def profile_flops(base: Run) -> dict[str, float]:
     row = batch.rows([0], base.config.batch.micro_batch_tokens)[0]
     profiler = FlopsProfiler(base.engine.model)
     profiler.start_profile()
-    base.engine.score([row], Wants())
+    base.engine.score([row], ScoreRequest())
     counted = float(profiler.get_total_flops())
     profiler.end_profile()
     config, parameters = base.inputs.model_config, base.engine.parameters

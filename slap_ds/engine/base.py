@@ -35,7 +35,7 @@ from slap_ds.models.causal import (
 from slap_ds.models.load import load_model
 from slap_ds.models.lora import add_adapter
 from slap_ds.models.reuse import BlockInputs, install
-from slap_ds.scoring import HeadScores, Scores, Tail, Wants, collect, tail_parameters
+from slap_ds.scoring import HeadScores, ScoreRequest, Scores, Tail, collect, tail_parameters
 from slap_ds.timing import Stopwatch
 
 MOMENTS: tuple[Key, Key] = ("exp_avg", "exp_avg_sq")
@@ -64,7 +64,7 @@ class Engine(ABC):
     parameters: int
     heart: Heart = Heart()  # of a rank that nobody waits for
 
-    def score(self, rows: Sequence[PackedRow], wants: Wants, keep: bool = False) -> Scores:
+    def score(self, rows: Sequence[PackedRow], request: ScoreRequest, keep: bool = False) -> Scores:
         """Head sums of the rows' samples with the current weights, as `model.eval()` gives them:
         no dropout, no graph, no random numbers drawn.
 
@@ -77,17 +77,17 @@ class Engine(ABC):
             self.model.eval()
         parts: list[HeadScores] = []
         with torch.no_grad():
-            if wants.blocks:
-                with self._whole(tail_parameters(self.model.lm, wants.blocks)):
-                    self.model.tail = Tail(self.model.lm, wants.blocks)
+            if request.blocks:
+                with self._whole(tail_parameters(self.model.lm, request.blocks)):
+                    self.model.tail = Tail(self.model.lm, request.blocks)
             for row in rows:
                 self.heart.beat("scoring a row")
-                parts.append(self._forward(row.to(self.device), "score", wants))
+                parts.append(self._forward(row.to(self.device), "score", request))
         if keep:
             self._inputs().check(self.model.lm)
         self.model.train()
         self.model.tail = None
-        return collect([row.positions for row in rows], parts, wants)
+        return collect([row.positions for row in rows], parts, request)
 
     def train(
         self, rows: Sequence[PackedRow], total_weight: float, lr: float, replay: bool = False
@@ -163,7 +163,7 @@ class Engine(ABC):
         return nullcontext()
 
     @abstractmethod
-    def _forward(self, row: PackedRow, mode: str, wants: Wants | None) -> Any: ...
+    def _forward(self, row: PackedRow, mode: str, request: ScoreRequest | None) -> Any: ...
 
     @abstractmethod
     def _backward(self, loss: Tensor, total_weight: float, last: bool) -> None: ...

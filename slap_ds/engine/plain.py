@@ -21,7 +21,7 @@ from slap_ds.models.causal import (
     count_parameters,
     trainable,
 )
-from slap_ds.scoring import Wants
+from slap_ds.scoring import ScoreRequest
 
 
 class TorchEngine(Engine):
@@ -55,8 +55,8 @@ class TorchEngine(Engine):
         """AdamW over `masters`."""
         return make_optimizer(self.config, self.masters)
 
-    def _forward(self, row: PackedRow, mode: str, wants: Wants | None) -> Any:
-        return self.model(row, mode, wants)
+    def _forward(self, row: PackedRow, mode: str, request: ScoreRequest | None) -> Any:
+        return self.model(row, mode, request)
 
     def _backward(self, loss: Tensor, total_weight: float, last: bool) -> None:
         (loss / total_weight).backward()

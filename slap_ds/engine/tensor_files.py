@@ -31,7 +31,7 @@ SYNC_BYTES = 2**28
 
 
 def _nothing() -> None:
-    """Nobody wants to know."""
+    """For writers and readers whose progress nobody watches."""
 
 
 @dataclass(frozen=True)

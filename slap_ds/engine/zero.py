@@ -37,7 +37,7 @@ from slap_ds.engine.tensor_files import TensorWriter, read_tensors
 from slap_ds.engine.whole_state import Key, WholeState, open_whole
 from slap_ds.models.blocks import find_blocks
 from slap_ds.models.causal import PackedCausalLM, count_parameters, trainable
-from slap_ds.scoring import Scores, Wants
+from slap_ds.scoring import ScoreRequest, Scores
 
 
 class DeepSpeedEngine(Engine):
@@ -99,10 +99,10 @@ class DeepSpeedEngine(Engine):
         self._traced = False
         self._replays = second_order(self.optimizer) if self.partitioned else None
 
-    def score(self, rows: Sequence[PackedRow], wants: Wants, keep: bool = False) -> Scores:
+    def score(self, rows: Sequence[PackedRow], request: ScoreRequest, keep: bool = False) -> Scores:
         if self.partitioned and not self._traced:
             self._record_trace()
-        return super().score(rows, wants, keep)
+        return super().score(rows, request, keep)
 
     def train(
         self, rows: Sequence[PackedRow], total_weight: float, lr: float, replay: bool = False
@@ -137,8 +137,8 @@ class DeepSpeedEngine(Engine):
         gathered: AbstractContextManager[Any] = GatheredParameters(parameters)
         return gathered
 
-    def _forward(self, row: PackedRow, mode: str, wants: Wants | None) -> Any:
-        return self.engine(row, mode, wants)
+    def _forward(self, row: PackedRow, mode: str, request: ScoreRequest | None) -> Any:
+        return self.engine(row, mode, request)
 
     def _backward(self, loss: Tensor, total_weight: float, last: bool) -> None:
         # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.

@@ -25,8 +25,8 @@ from slap_ds.scoring import (
     HeadScores,
     Recorded,
     Response,
+    ScoreRequest,
     Tail,
-    Wants,
     WeightedTokenLoss,
     recorded,
     score_head,
@@ -96,7 +96,10 @@ class PackedCausalLM(nn.Module):
         head.forward = _run_with_weight(head)  # type: ignore[method-assign]
 
     def forward(
-        self, row: PackedRow, mode: Literal["score", "train", "own"], wants: Wants | None = None
+        self,
+        row: PackedRow,
+        mode: Literal["score", "train", "own"],
+        request: ScoreRequest | None = None,
     ) -> Any:
         """`score`: HeadScores of the row's samples as a tuple. `train`: the weighted sum of the
         row's token losses, a scalar to run backward on. `own`: the sum of the token losses of the
@@ -105,7 +108,7 @@ class PackedCausalLM(nn.Module):
             return self._own(row)
         if self.block_inputs is not None:
             self.block_inputs.enter(row)
-        with self._recorder(wants) as record:
+        with self._recorder(request) as record:
             hidden = self._base[0](
                 input_ids=row.input_ids,
                 position_ids=row.position_ids,
@@ -115,8 +118,10 @@ class PackedCausalLM(nn.Module):
         (head,) = self._head
         if mode == "train":
             return head(hidden, lambda h, w, b: self._train(h, w, b, row))
-        assert wants is not None
-        scores: HeadScores = head(hidden, lambda h, w, b: self._score(h, w, b, row, wants, record))
+        assert request is not None
+        scores: HeadScores = head(
+            hidden, lambda h, w, b: self._score(h, w, b, row, request, record)
+        )
         return scores
 
     def _own(self, row: PackedRow) -> Tensor:
@@ -145,19 +150,19 @@ class PackedCausalLM(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         row: PackedRow,
-        wants: Wants,
+        request: ScoreRequest,
         record: Recorded | None,
     ) -> HeadScores:
         scale, cap = self.logits
         head = Head(weight, bias, cap)
-        response = _response(row, wants)
+        response = _response(row, request)
         scores = score_head(
             hidden,
             head,
             row.targets,
             row.sample,
             len(row.where),
-            wants,
+            request,
             chunk_tokens=self.chunk_tokens,
             scale=scale,
             response=response,
@@ -172,27 +177,27 @@ class PackedCausalLM(nn.Module):
             row.targets,
             row.sample,
             scores,
-            wants,
+            request,
             chunk_tokens=self.chunk_tokens,
             scale=scale,
             response=response,
         )
 
-    def _recorder(self, wants: Wants | None) -> AbstractContextManager[Recorded | None]:
-        if wants is None or not wants.blocks:
+    def _recorder(self, request: ScoreRequest | None) -> AbstractContextManager[Recorded | None]:
+        if request is None or not request.blocks:
             return nullcontext()
-        return recorded(self.lm, wants.blocks)
+        return recorded(self.lm, request.blocks)
 
 
-def _response(row: PackedRow, wants: Wants | None = None) -> Response:
-    """The row's response tokens, and which of them count for the diagonal where `wants` says so."""
+def _response(row: PackedRow, request: ScoreRequest | None = None) -> Response:
+    """The row's response tokens, and which of them count for the diagonal, if not all do."""
     sample, kept = row.response_sample, None
-    if wants is not None and wants.token_share < 1:
+    if request is not None and request.token_share < 1:
         begins = np.cumsum((0, *row.lengths))
         position = row.positions[sample]
         offset = torch.from_numpy(row.response - begins[sample])
-        share = wants.token_share
-        kept = token_subset(wants.seed, wants.step, position, offset, share).numpy()
+        share = request.token_share
+        kept = token_subset(request.seed, request.step, position, offset, share).numpy()
     return Response(row.response, sample, kept)
 
 

@@ -5,7 +5,7 @@ from slap_ds.scoring.curvature import Curvature
 from slap_ds.scoring.head import HeadScores, score_head
 from slap_ds.scoring.plan import ScoringPlan
 from slap_ds.scoring.probes import token_subset
-from slap_ds.scoring.request import Wants
+from slap_ds.scoring.request import ScoreRequest
 from slap_ds.scoring.response import Response
 from slap_ds.scoring.scorer import Scorer, Scores, collect, first_occurrence
 from slap_ds.scoring.softmax import Head
@@ -17,11 +17,11 @@ __all__ = [
     "HeadScores",
     "Recorded",
     "Response",
+    "ScoreRequest",
     "Scorer",
     "Scores",
     "ScoringPlan",
     "Tail",
-    "Wants",
     "WeightedTokenLoss",
     "collect",
     "first_occurrence",

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from slap_ds.compat import attention_of, is_deepspeed_name
 from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.probes import signs
-from slap_ds.scoring.request import Wants
+from slap_ds.scoring.request import ScoreRequest
 from slap_ds.scoring.response import Response, to_device
 from slap_ds.scoring.softmax import Head
 from slap_ds.scoring.token_loss import HeadGradient
@@ -137,7 +137,7 @@ def score_tail(
     targets: Tensor,
     sample: Tensor,
     scores: HeadScores,
-    wants: Wants,
+    request: ScoreRequest,
     *,
     chunk_tokens: int,
     scale: float,
@@ -153,11 +153,11 @@ def score_tail(
             scale * hidden, head, targets, chunk_tokens, response
         )
         (gradient,) = torch.autograd.grad(hidden, x, upstream, create_graph=True)
-    return _diagonal(gradient, x, sample, scores, wants)
+    return _diagonal(gradient, x, sample, scores, request)
 
 
 def _diagonal(
-    gradient: Tensor, x: Tensor, sample: Tensor, scores: HeadScores, wants: Wants
+    gradient: Tensor, x: Tensor, sample: Tensor, scores: HeadScores, request: ScoreRequest
 ) -> HeadScores:
     """hutchinson_blocks: mean_k z_k * (H z_k), (E,), with H the Hessian by the shift b.
 
@@ -165,17 +165,17 @@ def _diagonal(
     sum_t gradient_t . z. It is summed sample by sample, so that a broken one can be left out.
     """
     n, width = len(scores.loss), x.shape[-1]
-    z = signs(wants.seed, wants.step, "probes", width, wants.probes)
+    z = signs(request.seed, request.step, "probes", width, request.probes)
     z = to_device(z, x.device, x.dtype)
     sums = torch.zeros(n, width, dtype=x.dtype, device=x.device)
-    for k in range(wants.probes):
+    for k in range(request.probes):
         along = z[:, k].expand_as(gradient)
-        (product,) = torch.autograd.grad(gradient, x, along, retain_graph=k + 1 < wants.probes)
+        (product,) = torch.autograd.grad(gradient, x, along, retain_graph=k + 1 < request.probes)
         if n:
             sums.index_put_((sample,), z[:, k] * product[0], accumulate=True)
     good = torch.isfinite(scores.loss) & torch.isfinite(sums).all(1)
     return scores._replace(
-        diagonal=torch.where(good[:, None], sums, 0).sum(0) / wants.probes,
+        diagonal=torch.where(good[:, None], sums, 0).sum(0) / request.probes,
         diagonal_tokens=torch.where(good, scores.tokens, 0).sum(),
     )
 

@@ -27,7 +27,7 @@ from slap_ds.scoring.head_parts import (
     Kron,
     Part,
 )
-from slap_ds.scoring.request import Wants
+from slap_ds.scoring.request import ScoreRequest
 from slap_ds.scoring.response import Response, to_device
 from slap_ds.scoring.softmax import Chunk, Head
 
@@ -43,7 +43,7 @@ class HeadScores(NamedTuple):
     gradient: Tensor | None = None  # (n, D): the sketch, summed over the sample's tokens
     diagonal: Tensor | None = None  # (E,): sum over `diagonal_tokens` tokens, finite ones only
     diagonal_tokens: Tensor | None = None  # () int64
-    extras: Tensor | None = None  # (n, S): columns in the order of `Wants.extras`
+    extras: Tensor | None = None  # (n, S): columns in the order of `ScoreRequest.extras`
 
 
 @torch.no_grad()
@@ -53,14 +53,14 @@ def score_head(
     targets: Tensor,
     sample: Tensor,
     samples: int,
-    wants: Wants,
+    request: ScoreRequest,
     *,
     chunk_tokens: int,
     scale: float = 1.0,
     kept: Tensor | None = None,
     response: Response | None = None,
 ) -> HeadScores:
-    """Loss per sample, and of what `wants` names the part that is the head's own.
+    """Loss per sample, and of what `request` names the part that is the head's own.
 
     Args:
         hidden: (T, E) final hidden states.
@@ -71,27 +71,10 @@ def score_head(
         response: what the host knows of targets, sample and kept; None: the device is asked.
     """
     response = response or Response.of(targets, sample, kept)
-    device, acc = hidden.device, head.acc
-    loss = torch.zeros(samples, dtype=acc, device=device)
-    tokens = torch.zeros(samples, dtype=torch.int64, device=device)
-    counted = torch.zeros((), dtype=torch.int64, device=device)
-    diagonal: Part | None = None
-    if wants.diagonal == "exact_head":
-        diagonal = ExactDiagonal(head)
-    elif wants.diagonal == "hutchinson_head":
-        diagonal = HutchinsonDiagonal(head, wants)
-    sketch: Part | None = None
-    if wants.sketch == "head_input":
-        sketch = InputGradient(head, samples)
-    elif wants.sketch == "head_kron":
-        sketch = Kron(head, samples, wants)
-    elif wants.sketch == "hvp":
-        sketch = Hvp(head, samples, wants)
+    sketch, diagonal = _sketch(head, samples, request), _diagonal(head, request)
     parts = [part for part in (sketch, diagonal) if part is not None]
-    columns = [hidden.shape[1] if name == "hidden" else 1 for name in wants.extras]
-    extras = torch.zeros(samples, sum(columns), dtype=acc, device=device)
-    place = dict(zip(wants.extras, extras.split(columns, dim=1), strict=True))
-    for t, at, counts in response.pieces(chunk_tokens, device):
+    sums = _Sums(hidden, head, samples, request)
+    for t, at, counts in response.pieces(chunk_tokens, hidden.device):
         h = hidden[t] if scale == 1 else hidden[t] * scale
         chunk = Chunk(
             head,
@@ -101,34 +84,68 @@ def score_head(
             at,
             derivatives=bool(parts),
             kept=counts,
-            errors="el2n" in place,
+            errors="el2n" in request.extras,
         )
-        loss.index_put_((chunk.sample,), chunk.loss, accumulate=True)
-        tokens.index_put_((chunk.sample,), torch.ones_like(chunk.sample), accumulate=True)
-        if "el2n" in place:
-            place["el2n"].index_put_((chunk.sample,), chunk.error[:, None], accumulate=True)
-        if "hidden" in place:
-            place["hidden"].index_put_((chunk.sample,), hidden[t].to(acc), accumulate=True)
-        if diagonal is not None:
-            counted += chunk.finite[chunk.counted].sum()
-        if wants.diagonal == "exact_head" and counts is None:
+        sums.add(chunk, hidden[t])
+        if request.diagonal == "exact_head" and counts is None:
             _ = chunk.delta  # made here, so that the sketch uses it as well
         for part, product in zip(parts, _products(chunk, parts), strict=True):
             part.add(chunk, product)
         del chunk
-    if "nuclear" in place:
+    if "nuclear" in request.extras:
         norms = nuclear_norms(hidden, head, response, samples, chunk_tokens, scale)
-        place["nuclear"].copy_(norms[:, None])
+        sums.place["nuclear"].copy_(norms[:, None])
     # The derivatives above are those by scale * h; head_kron's factors cancel.
     first, second = scale, scale**2
     return HeadScores(
-        loss,
-        tokens,
-        None if sketch is None else sketch.result() * _factor(wants, first, second),
+        sums.loss,
+        sums.tokens,
+        None if sketch is None else sketch.result() * _factor(request, first, second),
         None if diagonal is None else diagonal.result() * second,
-        None if diagonal is None else counted,
-        extras if wants.extras else None,
+        None if diagonal is None else sums.counted,
+        sums.extras if request.extras else None,
     )
+
+
+class _Sums:
+    """What is added up per sample beside sketch and diagonal."""
+
+    def __init__(self, hidden: Tensor, head: Head, samples: int, request: ScoreRequest) -> None:
+        device, acc = hidden.device, head.acc
+        self.loss = torch.zeros(samples, dtype=acc, device=device)  # (n,)
+        self.tokens = torch.zeros(samples, dtype=torch.int64, device=device)  # (n,)
+        self.counts = request.diagonal is not None
+        self.counted = torch.zeros((), dtype=torch.int64, device=device)  # tokens of the diagonal
+        columns = [hidden.shape[1] if name == "hidden" else 1 for name in request.extras]
+        self.extras = torch.zeros(samples, sum(columns), dtype=acc, device=device)  # (n, S)
+        parts = self.extras.split(columns, dim=1)
+        self.place = dict(zip(request.extras, parts, strict=True))
+
+    def add(self, chunk: Chunk, hidden: Tensor) -> None:
+        """A chunk whose final hidden states are `hidden` (c, E)."""
+        at = (chunk.sample,)
+        self.loss.index_put_(at, chunk.loss, accumulate=True)
+        self.tokens.index_put_(at, torch.ones_like(chunk.sample), accumulate=True)
+        if "el2n" in self.place:
+            self.place["el2n"].index_put_(at, chunk.error[:, None], accumulate=True)
+        if "hidden" in self.place:
+            self.place["hidden"].index_put_(at, hidden.to(self.loss.dtype), accumulate=True)
+        if self.counts:
+            self.counted += chunk.finite[chunk.counted].sum()
+
+
+def _sketch(head: Head, samples: int, request: ScoreRequest) -> Part | None:
+    if request.sketch == "head_input":
+        return InputGradient(head, samples)
+    if request.sketch == "head_kron":
+        return Kron(head, samples, request)
+    return Hvp(head, samples, request) if request.sketch == "hvp" else None
+
+
+def _diagonal(head: Head, request: ScoreRequest) -> Part | None:
+    if request.diagonal == "exact_head":
+        return ExactDiagonal(head)
+    return HutchinsonDiagonal(head, request) if request.diagonal == "hutchinson_head" else None
 
 
 def nuclear_norms(
@@ -184,12 +201,12 @@ def _products(chunk: Chunk, parts: list[Part]) -> list[Tensor]:
     return list(products.split([len(r) for r in rows]))
 
 
-def _factor(wants: Wants, first: float, second: float) -> float:
-    return {"head_input": first, "hvp": second}.get(str(wants.sketch), 1.0)
+def _factor(request: ScoreRequest, first: float, second: float) -> float:
+    return {"head_input": first, "hvp": second}.get(str(request.sketch), 1.0)
 
 
 def head_cost(
-    wants: Wants, tokens: int, samples: int, width: int, vocab: int, chunk_tokens: int
+    request: ScoreRequest, tokens: int, samples: int, width: int, vocab: int, chunk_tokens: int
 ) -> float:
     """FLOPs (2 per multiply-add) of the head's products in `score_head`, exponentials left out.
 
@@ -199,27 +216,29 @@ def head_cost(
     product = 2.0 * tokens * width * vocab
     spans = samples + tokens / chunk_tokens  # how often a chunk meets a sample
     summed = 2.0 * spans * (min(tokens, chunk_tokens) + width) * vocab
-    a, _ = wants.size
+    a, _ = request.size
     flops = product
-    has_delta = wants.diagonal == "exact_head" and wants.token_share == 1
-    if wants.diagonal == "exact_head":
-        flops += wants.token_share * product + 3.0 * width * vocab
-    elif wants.diagonal == "hutchinson_head":
-        flops += 4.0 * wants.probes * vocab * (tokens + width)
-    if wants.sketch == "head_input" and not has_delta:
+    has_delta = request.diagonal == "exact_head" and request.token_share == 1
+    if request.diagonal == "exact_head":
+        flops += request.token_share * product + 3.0 * width * vocab
+    elif request.diagonal == "hutchinson_head":
+        flops += 4.0 * request.probes * vocab * (tokens + width)
+    if request.sketch == "head_input" and not has_delta:
         flops += min(product, summed)
-    elif wants.sketch == "head_kron":
+    elif request.sketch == "head_kron":
         flops += 2.0 * a * (tokens * width if has_delta else vocab * (tokens + width))
-    elif wants.sketch == "hvp":
-        flops += wants.probes * (summed + 2.0 * vocab * (tokens + width))
-    if wants.sketch_dim is not None:
-        flops += 2.0 * samples * width * wants.sketch_dim
-    if "nuclear" in wants.extras:  # as if all samples were of one length
+    elif request.sketch == "hvp":
+        flops += request.probes * (summed + 2.0 * vocab * (tokens + width))
+    if request.sketch_dim is not None:
+        flops += 2.0 * samples * width * request.sketch_dim
+    if "nuclear" in request.extras:  # as if all samples were of one length
         flops += product + 2.0 * vocab * tokens**2 / max(1, samples)
     return flops
 
 
-def head_bytes(wants: Wants, samples: int, width: int, vocab: int, chunk_tokens: int) -> int:
+def head_bytes(
+    request: ScoreRequest, samples: int, width: int, vocab: int, chunk_tokens: int
+) -> int:
     """Most bytes of tensors that `score_head` holds at once, with float32 sums: a bound.
 
     chunk * V * 12 for the softmax (4 without, 6 with bfloat16, 12 with soft-capping), what is
@@ -228,11 +247,11 @@ def head_bytes(wants: Wants, samples: int, width: int, vocab: int, chunk_tokens:
     Args:
         samples: of one row.
     """
-    a, b = wants.size
-    kron, hvp = wants.sketch == "head_kron", wants.sketch == "hvp"
-    hutchinson = wants.diagonal == "hutchinson_head"
-    wide = (a * b if kron else width) + width * ("hidden" in wants.extras)
-    columns = 4 + wants.probes * (2 * hutchinson + hvp) + a * kron
+    a, b = request.size
+    kron, hvp = request.sketch == "head_kron", request.sketch == "hvp"
+    hutchinson = request.diagonal == "hutchinson_head"
+    wide = (a * b if kron else width) + width * ("hidden" in request.extras)
+    columns = 4 + request.probes * (2 * hutchinson + hvp) + a * kron
     per_token = 6 * width + 2 * wide * kron
     small = chunk_tokens * per_token + 3 * samples * wide + 4 * (columns + 4) * width
     return 12 * chunk_tokens * vocab + 4 * (columns * vocab + small) + 2**20

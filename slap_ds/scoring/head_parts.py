@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slap_ds.scoring.probes import projection, signs
-from slap_ds.scoring.request import Wants
+from slap_ds.scoring.request import ScoreRequest
 from slap_ds.scoring.response import to_device
 from slap_ds.scoring.softmax import Chunk, Head
 
@@ -71,13 +71,13 @@ class Kron:
     (V, E) is what the tokens' softmax is multiplied by.
     """
 
-    def __init__(self, head: Head, samples: int, wants: Wants) -> None:
-        a, b = wants.size
+    def __init__(self, head: Head, samples: int, request: ScoreRequest) -> None:
+        a, b = request.size
         width, device = head.weight.shape[1], head.weight.device
-        self.p = to_device(projection(wants.seed, "P", a, width), device, head.acc)
-        if wants.scale is not None:
-            self.p *= to_device(wants.scale, device, head.acc)
-        self.q = to_device(projection(wants.seed, "Q", b, width), device, head.acc)
+        self.p = to_device(projection(request.seed, "P", a, width), device, head.acc)
+        if request.scale is not None:
+            self.p *= to_device(request.scale, device, head.acc)
+        self.q = to_device(projection(request.seed, "Q", b, width), device, head.acc)
         self.wp: Tensor | None = None
         self.sum = torch.zeros(samples, a * b, dtype=head.acc, device=device)
 
@@ -106,8 +106,8 @@ class Hvp:
     W^T (sum_t d_t * u - sum_t q_t (q_t . u)).
     """
 
-    def __init__(self, head: Head, samples: int, wants: Wants) -> None:
-        self.z = head_probes(head, wants)
+    def __init__(self, head: Head, samples: int, request: ScoreRequest) -> None:
+        self.z = head_probes(head, request)
         self.u = head.project(self.z)
         self.sum = torch.zeros(samples, len(self.z), dtype=head.acc, device=self.z.device)
 
@@ -172,9 +172,9 @@ class HutchinsonDiagonal:
     accumulator (V, m) and no vector of width E per token.
     """
 
-    def __init__(self, head: Head, wants: Wants) -> None:
+    def __init__(self, head: Head, request: ScoreRequest) -> None:
         self.head = head
-        self.z = head_probes(head, wants)
+        self.z = head_probes(head, request)
         self.u = head.project(self.z)
         self.d = torch.zeros_like(self.u[:, 0])
         self.outer = torch.zeros_like(self.u)
@@ -191,9 +191,9 @@ class HutchinsonDiagonal:
         return (self.z * hz).mean(1)
 
 
-def head_probes(head: Head, wants: Wants) -> Tensor:
+def head_probes(head: Head, request: ScoreRequest) -> Tensor:
     """Z (E, m) of random signs, new at every step, the same on every rank."""
-    z = signs(wants.seed, wants.step, "probes", head.weight.shape[1], wants.probes)
+    z = signs(request.seed, request.step, "probes", head.weight.shape[1], request.probes)
     return to_device(z, head.weight.device, head.acc)
 
 

@@ -1,8 +1,8 @@
 """From the `scoring` section to what a step's scoring forward computes.
 
-    config + the selector's needs -> ScoringPlan -> Wants of a step
+    config + the selector's needs -> ScoringPlan -> ScoreRequest of a step
 
-The trainer and the engine pass `Wants` on and never look at which source or sketch it names.
+The trainer and the engine pass `ScoreRequest` on and never look at which source or sketch it names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from slap_ds.config.schema import ScoringConfig
 from slap_ds.scoring.curvature import Curvature
 from slap_ds.scoring.head import head_cost
-from slap_ds.scoring.request import Extra, Wants
+from slap_ds.scoring.request import Extra, ScoreRequest
 from slap_ds.selection import Signal
 
 
@@ -53,16 +53,16 @@ class ScoringPlan:
             return None
         return Curvature(c.curvature_decay, c.curvature_power, c.curvature_floor, c.curvature_block)
 
-    def wants(self, step: int, curvature: Curvature | None) -> Wants:
+    def request(self, step: int, curvature: Curvature | None) -> ScoreRequest:
         """The order for one step."""
         c = self.config
         if not self.sketches:
-            return Wants(extras=self.extras)
+            return ScoreRequest(extras=self.extras)
         source = None if c.curvature == "none" else c.curvature
         scale: Tensor | None = None
         if self.projects and curvature is not None:
             scale = curvature.scale()
-        return Wants(
+        return ScoreRequest(
             sketch=c.sketch,
             diagonal=source,
             probes=c.probes,
@@ -80,18 +80,18 @@ class ScoringPlan:
     def head_flops(self, model_config: Any, tokens: int, samples: int) -> float:
         """FLOPs of the head's products for `samples` candidates of `tokens` response tokens."""
         text = model_config.get_text_config()
-        wants, chunk = self.wants(0, None), self.config.chunk_tokens
-        return head_cost(wants, tokens, samples, text.hidden_size, text.vocab_size, chunk)
+        request, chunk = self.request(0, None), self.config.chunk_tokens
+        return head_cost(request, tokens, samples, text.hidden_size, text.vocab_size, chunk)
 
     def block_passes(self, layers: int) -> float:
         """Work in blocks beside the forward, in forwards of all `layers` blocks."""
-        return block_passes(self.wants(0, None), layers)
+        return block_passes(self.request(0, None), layers)
 
 
-def block_passes(wants: Wants, layers: int) -> float:
+def block_passes(request: ScoreRequest, layers: int) -> float:
     """Work in blocks beside the scoring forward, in forwards of all `layers` blocks.
 
     The last blocks' forward is run again; their backward to hidden states alone costs as much. Of a
     Hessian-vector product each of the two is differentiated once more.
     """
-    return wants.blocks / layers * (2 + 4 * wants.probes)
+    return request.blocks / layers * (2 + 4 * request.probes)

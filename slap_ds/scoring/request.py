@@ -11,8 +11,8 @@ Source = Literal["exact_head", "hutchinson_head", "hutchinson_blocks"]
 Extra = Literal["el2n", "nuclear", "hidden"]
 
 
-class Wants(NamedTuple):
-    """An order for the scoring forward, made by `ScoringPlan.wants` for one step.
+class ScoreRequest(NamedTuple):
+    """What a scoring forward is asked for, made by `ScoringPlan.request` for one step.
 
     A tuple, because DeepSpeed's hooks look for tensors in the inputs of modules.
     """
@@ -30,6 +30,6 @@ class Wants(NamedTuple):
     bfloat16: bool = False  # the sketch leaves the forward in bfloat16
     extras: tuple[Extra, ...] = ()  # further numbers per sample, side by side; hidden comes last
 
-    def sketch_only(self) -> Wants:
+    def sketch_only(self) -> ScoreRequest:
         """The sketch as here, and nothing else."""
         return self._replace(diagonal=None, token_share=1.0, blocks=0, extras=())

@@ -18,7 +18,7 @@ from slap_ds.scoring.curvature import Curvature
 from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.plan import ScoringPlan
 from slap_ds.scoring.probes import fixed_projection
-from slap_ds.scoring.request import Wants
+from slap_ds.scoring.request import ScoreRequest
 from slap_ds.scoring.response import to_device
 from slap_ds.selection import ScoredBatch, Signal
 
@@ -33,23 +33,25 @@ class Scores:
     gradient: Tensor | None = None  # (n, D) float32 or bfloat16: the sketch, summed over tokens
     diagonal: Tensor | None = None  # (E,) float32, summed over `diagonal_tokens` tokens
     diagonal_tokens: int = 0  # how many tokens the diagonal is a sum over, all of finite loss
-    extras: Tensor | None = None  # (n, S) float32, columns in the order of `Wants.extras`
+    extras: Tensor | None = None  # (n, S) float32, columns in the order of `ScoreRequest.extras`
 
     def mean_loss(self) -> Tensor:
         """(n,) nats per response token; NaN where a sample has none."""
         return self.loss / self.tokens
 
 
-def collect(positions: Sequence[Tensor], parts: Sequence[HeadScores], wants: Wants) -> Scores:
+def collect(
+    positions: Sequence[Tensor], parts: Sequence[HeadScores], request: ScoreRequest
+) -> Scores:
     """One rank's rows, scored one by one, as its share of the batch."""
     gradients = [part.gradient for part in parts if part.gradient is not None]
     diagonals = [part.diagonal for part in parts if part.diagonal is not None]
     counts = [part.diagonal_tokens for part in parts if part.diagonal_tokens is not None]
     extras = [part.extras for part in parts if part.extras is not None]
     gradient = torch.cat(gradients) if gradients else None
-    if gradient is not None and wants.sketch_dim is not None:
-        gradient = project(gradient, wants)
-    if gradient is not None and wants.bfloat16:
+    if gradient is not None and request.sketch_dim is not None:
+        gradient = project(gradient, request)
+    if gradient is not None and request.bfloat16:
         gradient = gradient.bfloat16()
     return Scores(
         positions=torch.cat(list(positions)),
@@ -62,16 +64,16 @@ def collect(positions: Sequence[Tensor], parts: Sequence[HeadScores], wants: Wan
     )
 
 
-def project(gradient: Tensor, wants: Wants) -> Tensor:
+def project(gradient: Tensor, request: ScoreRequest) -> Tensor:
     """(n, E) -> (n, D): scaled, then projected by signs that all steps and ranks share.
 
     Inner products are kept: E <Px, Py> = <x, y>, Var <Px, Py> <= 2 / D |x|^2 |y|^2.
     """
-    assert wants.sketch_dim is not None
-    p = fixed_projection(wants.seed, wants.sketch_dim, gradient.shape[1])
+    assert request.sketch_dim is not None
+    p = fixed_projection(request.seed, request.sketch_dim, gradient.shape[1])
     p = to_device(p, gradient.device, gradient.dtype)
-    if wants.scale is not None:
-        gradient = gradient * wants.scale.to(gradient)
+    if request.scale is not None:
+        gradient = gradient * request.scale.to(gradient)
     return gradient @ p.t()
 
 
@@ -86,9 +88,9 @@ class Scorer:
     def needs(self) -> frozenset[Signal]:
         return self.plan.needs
 
-    def wants(self, step: int) -> Wants:
+    def request(self, step: int) -> ScoreRequest:
         """What this step's scoring forward computes."""
-        return self.plan.wants(step, self.curvature)
+        return self.plan.request(step, self.curvature)
 
     def finish(
         self, scores: Scores, content: Tensor, validation: Scores | None = None

@@ -126,52 +126,63 @@ class Chunk:
     ) -> None:
         self.head, self.h, self.y, self.sample = head, h, y, sample
         self.place, self.kept = place, kept
-        index = torch.arange(len(y), device=y.device)
+        at_target = torch.arange(len(y), device=y.device), y
         logits = head.logits(h)  # (c, V)
         if head.cap is not None:
             logits.div_(head.cap).tanh_().mul_(head.cap)
-        target = logits[index, y]
+        target = logits[at_target]
         top = logits.amax(-1, keepdim=True)
-        capped = head.cap is not None and derivatives
+        capped = head.cap is not None and derivatives  # the logits are needed again
         dense = (logits - top if capped else logits.sub_(top)).exp_()
         total = dense.sum(-1)
         self.loss = total.log() + (top[:, 0] - target)  # (c,)
         self.finite = torch.isfinite(self.loss)  # (c,)
         if errors:
-            # |p - onehot|^2 = sum p^2 - 2 p_y + 1, which cancels near p_y = 1 unless p_y - 1 is
-            # formed first.
-            at_target = dense[index, y]
-            dense[index, y] = at_target - total
-            self.error = torch.linalg.vector_norm(dense, dim=-1) / total  # (c,)
-            dense[index, y] = at_target
+            self.error = _error(dense, total, at_target)  # (c,)
         if not derivatives:
             return
-        bend = dense  # (c, V)
         self.inv = total.reciprocal()  # (c,)
-        self.at = torch.ones_like(total)  # (c,)
-        self.bend_at = self.at  # (c,)
-        if capped:
-            assert head.cap is not None
-            a = (logits / head.cap).square_().neg_().add_(1)
-            dense.mul_(a)
-            # p a' = -2 f q / cap^2, so that d = q (a - 2 f / cap^2) - a'_y onehot(y).
-            bend = a.sub_(logits, alpha=2 / head.cap**2)
-            del logits
-            self.at = 1 - (target / head.cap).square()
-            self.bend_at = self.at * bend[index, y] + 2 * target * self.at / head.cap**2
-        dense[index, y] -= total * self.at
-        if capped:
-            bend.mul_(dense)
+        if head.cap is None:
+            self._plain(dense, total, at_target)
+        else:
+            self._capped(dense, logits, total, at_target, head.cap)
         if mask:  # always: asking whether any is broken would cost more than the pass
-            broken = ~self.finite[:, None]
-            self.h = h.masked_fill(broken, 0)
-            dense.masked_fill_(broken, 0)
-            if bend is not dense:
-                bend.masked_fill_(broken, 0)
-            self.inv, self.at, self.bend_at = (
-                torch.where(self.finite, x, 0) for x in (self.inv, self.at, self.bend_at)
-            )
-        self.dense, self.bend = dense, bend
+            self._mask()
+
+    def _plain(self, dense: Tensor, total: Tensor, at_target: tuple[Tensor, Tensor]) -> None:
+        """q = d = p: one dense tensor (c, V) serves both."""
+        dense[at_target] -= total
+        self.dense = self.bend = dense
+        self.at = self.bend_at = torch.ones_like(total)  # (c,)
+
+    def _capped(
+        self,
+        dense: Tensor,
+        logits: Tensor,
+        total: Tensor,
+        at_target: tuple[Tensor, Tensor],
+        cap: float,
+    ) -> None:
+        target = logits[at_target]
+        a = (logits / cap).square_().neg_().add_(1)
+        dense.mul_(a)
+        # p a' = -2 f q / cap^2, so that d = q (a - 2 f / cap^2) - a'_y onehot(y).
+        bend = a.sub_(logits, alpha=2 / cap**2)
+        self.at = 1 - (target / cap).square()
+        self.bend_at = self.at * bend[at_target] + 2 * target * self.at / cap**2
+        dense[at_target] -= total * self.at
+        self.dense, self.bend = dense, bend.mul_(dense)
+
+    def _mask(self) -> None:
+        """Tokens without a finite loss count as zeros in all sums."""
+        broken = ~self.finite[:, None]
+        self.h = self.h.masked_fill(broken, 0)
+        self.dense.masked_fill_(broken, 0)
+        if self.bend is not self.dense:
+            self.bend.masked_fill_(broken, 0)
+        self.inv, self.at, self.bend_at = (
+            torch.where(self.finite, x, 0) for x in (self.inv, self.at, self.bend_at)
+        )
 
     @cached_property
     def delta(self) -> Tensor:
@@ -230,3 +241,15 @@ class Chunk:
     def _at_targets(self, out: Tensor, values: Tensor) -> Tensor:
         # index_put_ adds in a fixed order on CUDA too; index_add_ does not.
         return out.index_put_((self.y,), values, accumulate=True)
+
+
+def _error(dense: Tensor, total: Tensor, at_target: tuple[Tensor, Tensor]) -> Tensor:
+    """(c,): |p - onehot(y)|, p = dense / total; dense (c, V) is left as it was.
+
+    |p - onehot|^2 = sum p^2 - 2 p_y + 1 cancels near p_y = 1 unless p_y - 1 is formed first.
+    """
+    here = dense[at_target]
+    dense[at_target] = here - total
+    error: Tensor = torch.linalg.vector_norm(dense, dim=-1) / total
+    dense[at_target] = here
+    return error

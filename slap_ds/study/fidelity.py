@@ -163,7 +163,7 @@ class _Method:
         seen = ScoredBatch(loss=torch.zeros(len(batch)))
         if self.selector.needs:
             rows = batch.rows(np.arange(len(batch)), run.config.score_row_tokens)
-            local = run.engine.score(rows, self.scorer.wants(number))
+            local = run.engine.score(rows, self.scorer.request(number))
             scores = run.comm.gather(number, local, len(batch))
             seen = self.scorer.finish(scores, batch.content)
             ids, lr = torch.from_numpy(batch.sample_ids), run.config.optimizer.lr
@@ -305,7 +305,7 @@ def _held_out(run: Run, sketch: Gradients) -> tuple[Tensor, float]:
     whole = CandidateBatch(store, chosen)
     packed = whole.rows(np.arange(len(whole)), run.config.score_row_tokens)
     tokens = float(whole.response_tokens.sum())
-    loss = float(run.engine.score(packed, run.scorer.wants(0)).loss.double().sum()) / tokens
+    loss = float(run.engine.score(packed, run.scorer.request(0)).loss.double().sum()) / tokens
     return total / tokens, loss
 
 

@@ -16,7 +16,7 @@ from slap_ds.data.packing import Candidate, make_row
 from slap_ds.engine import Engine
 from slap_ds.launch.environment import ranks_said
 from slap_ds.models.reuse import host_boundary_bytes
-from slap_ds.scoring import Wants
+from slap_ds.scoring import ScoreRequest
 from slap_ds.selection import make_selector
 from slap_ds.train.inputs import make_parts, read_inputs
 from slap_ds.train.schedule import budget_at
@@ -41,7 +41,7 @@ def check_isolation(engine: Engine, model_config: Any, attention: str) -> None:
         make_row([Candidate(0, first, trained[:6]), Candidate(1, ids[6:], trained[6:])])
         for first in (ids[:6], ids[5::-1])
     ]
-    loss = engine.score(rows, Wants()).loss
+    loss = engine.score(rows, ScoreRequest()).loss
     if abs(float(loss[3] - loss[1])) > 1e-6 * float(loss[1]):
         raise ValueError(
             f"samples of a packed row see each other in {model_config.model_type} with "
@@ -62,7 +62,7 @@ def check_head(engine: Engine, model_config: Any, dtype: str) -> None:
     vocab = model_config.get_text_config().vocab_size
     ids = np.arange(1, 13) * 7919 % vocab
     row = make_row([Candidate(0, ids, np.ones(len(ids), dtype=bool))])
-    ours = float(engine.score([row], Wants()).loss[0])
+    ours = float(engine.score([row], ScoreRequest()).loss[0])
     theirs = engine.own_loss(row)
     if not abs(ours - theirs) <= (1e-4 if dtype == "float32" else 1e-2) * abs(theirs):
         tokens = len(ids) - 1
@@ -84,7 +84,7 @@ def check_reuse(engine: Engine, forward: str) -> None:
         return
     ids = np.arange(1, 3)
     try:
-        engine.score([make_row([Candidate(0, ids, ids > 0)])], Wants(), keep=True)
+        engine.score([make_row([Candidate(0, ids, ids > 0)])], ScoreRequest(), keep=True)
     except ValueError as error:
         if forward == "reuse":
             raise

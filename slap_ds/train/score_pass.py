@@ -19,7 +19,7 @@ from slap_ds.data.packing import PackedRow, Positions, deal
 from slap_ds.data.store import TokenStore
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine import Engine
-from slap_ds.scoring import Scores, Wants
+from slap_ds.scoring import ScoreRequest, Scores
 
 CHUNK = 4096  # samples whose rows lie in memory at once
 
@@ -95,7 +95,7 @@ def _shares(
 def _score(engine: Engine, comm: Comm, rows: list[PackedRow], count: int, step: int) -> Scores:
     most = int(comm.exchange(step, "evaluation rows", [len(rows)]).max())
     rows = rows + [PackedRow.empty()] * (most - len(rows))
-    return comm.gather(step, engine.score(rows, Wants()), count)
+    return comm.gather(step, engine.score(rows, ScoreRequest()), count)
 
 
 def _joined(parts: list[Scores]) -> tuple[Floats, Positions]:

@@ -99,7 +99,7 @@ def score(run: Run, plan: StepPlan) -> ScoredBatch | None:
         validation = _score_validation(run, plan)
         rows = batch.rows(plan.shares[comm.rank], run.config.score_row_tokens)
         rows = equal_rows(comm, plan.step, "scoring rows", rows)
-        local = run.engine.score(rows, run.scorer.wants(plan.step), keep=plan.reuses)
+        local = run.engine.score(rows, run.scorer.request(plan.step), keep=plan.reuses)
     with plan.watch("gather"):
         gathered = comm.gather(plan.step, local, len(batch))
         scored = run.scorer.finish(gathered, batch.content, validation)
@@ -186,7 +186,7 @@ def _score_validation(run: Run, plan: StepPlan) -> Scores | None:
     share = deal(batch.lengths, comm.world)[comm.rank]
     rows = batch.rows(share, run.config.score_row_tokens)
     rows = equal_rows(comm, plan.step, "validation rows", rows)
-    local = run.engine.score(rows, run.scorer.wants(plan.step).sketch_only())
+    local = run.engine.score(rows, run.scorer.request(plan.step).sketch_only())
     return comm.gather(plan.step, local, len(batch))
 
 

@@ -161,11 +161,11 @@ def block_gathers(c: Config) -> dict[str, float]:
                 found["without order"] += not self.is_complete_trace()
         return gather(self, weights, *rest, **named)
 
-    def forward_of(row, mode, wants):
+    def forward_of(row, mode, request):
         nonlocal phase
         phase = f"{mode} forward"
         found["rows"] += mode == "train"
-        return forward(row, mode, wants)
+        return forward(row, mode, request)
 
     def backward_of(*args, **named):
         nonlocal phase

@@ -6,7 +6,7 @@ import torch
 
 from slap_ds.models.causal import LogitMap, PackedCausalLM
 from slap_ds.models.load import load_config, load_model
-from slap_ds.scoring import Wants
+from slap_ds.scoring import ScoreRequest
 from tests.scoring.test_hutchinson import row_of_samples, samples_of
 
 FIELDS = {
@@ -45,7 +45,7 @@ def test_losses_and_gradients_are_the_models_own(kind):
     lm.zero_grad()
     model = PackedCausalLM(lm, 3)
     with torch.no_grad():
-        found = model(row, "score", Wants()).loss
+        found = model(row, "score", ScoreRequest()).loss
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
     loss = model(row, "train")
     loss.backward()

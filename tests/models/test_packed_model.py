@@ -6,7 +6,7 @@ import torch
 from slap_ds.data.packing import Candidate, PackedRow, make_row
 from slap_ds.models.causal import PackedCausalLM
 from slap_ds.models.load import check_window, load_config, load_model
-from slap_ds.scoring import Wants
+from slap_ds.scoring import ScoreRequest
 from slap_ds.train.checks import check_head
 from tests.models.test_reuse import small
 
@@ -26,7 +26,7 @@ def candidates():
 
 def scores(model, row):
     with torch.no_grad():
-        return model(row, "score", Wants())
+        return model(row, "score", ScoreRequest())
 
 
 def separately(model):
@@ -110,7 +110,7 @@ def test_scoring_switches_dropout_off_and_draws_no_random_numbers():
     engine.device, engine.hidden_size = torch.device("cpu"), 16
     rows = [make_row(candidates()), PackedRow.empty()]
     state = torch.get_rng_state()
-    first, again = engine.score(rows, Wants()), engine.score(rows, Wants())
+    first, again = engine.score(rows, ScoreRequest()), engine.score(rows, ScoreRequest())
     assert torch.equal(first.loss, again.loss)
     assert torch.equal(torch.get_rng_state(), state)
     assert engine.model.training
@@ -123,7 +123,7 @@ class Alone:
     def __init__(self, model):
         self.model = model
 
-    def score(self, rows, wants):
+    def score(self, rows, request):
         return scores(self.model, rows[0])
 
     def own_loss(self, row):

@@ -12,7 +12,7 @@ from slap_ds.models.causal import PackedCausalLM, enable_checkpointing
 from slap_ds.models.lora import add_adapter
 from slap_ds.models.recompute import Recompute
 from slap_ds.models.reuse import install
-from slap_ds.scoring import Wants
+from slap_ds.scoring import ScoreRequest
 from tests.models.test_reuse import row, small
 
 CASES = {
@@ -67,7 +67,7 @@ def test_a_replay_costs_a_checkpointed_step_less_its_forward(case):
         reused.zero_grad()
         inputs.start_scoring()
         with torch.no_grad():
-            model(ids, "score", Wants())
+            model(ids, "score", ScoreRequest())
         inputs.start_replay([ids])
         costs.append(products(lambda: model(ids, "train").backward()))
     assert costs[1:] == [step - forward] * 2
@@ -124,7 +124,7 @@ def test_blocks_know_their_last_product():
     model = PackedCausalLM(lm, 8, inputs).train()
     inputs.start_scoring()
     with torch.no_grad():
-        model(row(7), "score", Wants())
+        model(row(7), "score", ScoreRequest())
     inputs.start_replay([row(7)])
     model(row(7), "train").backward()
     last = inputs._recompute._last

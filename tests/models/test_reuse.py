@@ -14,7 +14,7 @@ from slap_ds.models.causal import PackedCausalLM, enable_checkpointing
 from slap_ds.models.host_copies import Arriving, HostCopies
 from slap_ds.models.load import load_config, load_model
 from slap_ds.models.reuse import BlockInputs, install
-from slap_ds.scoring import Wants
+from slap_ds.scoring import ScoreRequest
 from slap_ds.selection import ScoredBatch, make_selector, select, select_balanced
 from slap_ds.train.record import train_step
 from slap_ds.train.run import prepare
@@ -145,7 +145,7 @@ def test_a_forward_that_passes_the_boundaries_otherwise_is_refused(fault, told):
     model = PackedCausalLM(lm, 8, inputs).train()
     inputs.start_scoring()
     with torch.no_grad():
-        model(row(7, 5), "score", Wants())
+        model(row(7, 5), "score", ScoreRequest())
     version = transformers.__version__
     with pytest.raises(ValueError, match=rf"LlamaForCausalLM of transformers {version}: {told}"):
         inputs.check(lm)
@@ -211,7 +211,7 @@ def test_boundaries_are_kept_and_released():
     inputs.start_scoring()
     scored = row(7, 5, 9)
     with torch.no_grad():
-        model(scored, "score", Wants())
+        model(scored, "score", ScoreRequest())
     chosen = make_row(
         [
             Candidate(2, scored.input_ids[0, 12:].numpy(), scored.input_ids[0, 12:].numpy() > 0),
@@ -286,7 +286,7 @@ def test_one_row_of_block_inputs_is_on_the_device_at_a_time(monkeypatch):
     rows = [row(5, 4, 6), row(7, 3, start=3)]
     with torch.no_grad():
         for one in rows:
-            model(one, "score", Wants())
+            model(one, "score", ScoreRequest())
     inputs.start_replay(rows)
     inputs.enter(rows[0])
     held = [weakref.ref(x.tensor) for x in inputs._current]
@@ -325,7 +325,7 @@ def test_block_inputs_are_used_only_after_they_have_come_back():
         inputs.start_scoring()
         with torch.no_grad():
             for one in rows:
-                model(one, "score", Wants())
+                model(one, "score", ScoreRequest())
         inputs.start_replay(rows)
         for one in rows:
             model(one, "train").backward()

@@ -112,17 +112,17 @@ def test_unit_norm_keeps_directions_and_zeros():
 )
 def test_what_is_projected_is_preconditioned_by_the_steps_before(settings):
     scorer = make_scorer(**settings, curvature_power=0.5)
-    assert scorer.wants(0).scale is None
+    assert scorer.request(0).scale is None
     scores = make_scores(gradient=torch.randn(4, 4))
     batch = scorer.finish(scores, torch.arange(4))
     torch.testing.assert_close(batch.sketch, scores.gradient / scores.tokens[:, None])
     expected = scorer.curvature.value().pow(-0.5).float()
-    torch.testing.assert_close(scorer.wants(1).scale, expected)
+    torch.testing.assert_close(scorer.request(1).scale, expected)
 
 
 def test_a_selector_without_sketches_costs_none():
     scorer = make_scorer({"loss"})
-    assert scorer.wants(0) == type(scorer.wants(0))()
+    assert scorer.request(0) == type(scorer.request(0))()
     assert scorer.curvature is None
     assert scorer.state_dict() == {}
 
@@ -170,7 +170,7 @@ def test_bfloat16_sketches_leave_the_forward_in_bfloat16():
         torch.rand(5),
         torch.tensor(7),
     )
-    scores = collect([torch.arange(3)], [part], scorer.wants(0))
+    scores = collect([torch.arange(3)], [part], scorer.request(0))
     assert scores.gradient.dtype == torch.bfloat16
     assert (scores.diagonal.dtype, scores.diagonal_tokens) == (torch.float32, 7)
     found = scorer.finish(scores, torch.arange(3)).sketch

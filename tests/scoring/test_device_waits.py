@@ -16,17 +16,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from slap_ds.scoring import Head, Response, Wants, WeightedTokenLoss, score_head
+from slap_ds.scoring import Head, Response, ScoreRequest, WeightedTokenLoss, score_head
 from slap_ds.scoring.token_loss import HeadGradient
 
 T, E, V, SAMPLES, CHUNK = 300, 16, 40, 5, 64
 WANTS = [
-    Wants(),
-    Wants("head_input", "exact_head"),
-    Wants("head_input", None),
-    Wants("head_kron", "hutchinson_head", size=(3, 4), probes=2),
-    Wants("hvp", "exact_head", probes=2, token_share=0.5),
-    Wants(extras=("el2n", "nuclear", "hidden")),
+    ScoreRequest(),
+    ScoreRequest("head_input", "exact_head"),
+    ScoreRequest("head_input", None),
+    ScoreRequest("head_kron", "hutchinson_head", size=(3, 4), probes=2),
+    ScoreRequest("hvp", "exact_head", probes=2, token_share=0.5),
+    ScoreRequest(extras=("el2n", "nuclear", "hidden")),
 ]
 
 
@@ -42,13 +42,13 @@ def row() -> tuple[Tensor, Head, Tensor, Tensor]:
     return hidden, head, targets, torch.empty_like(targets)
 
 
-@pytest.mark.parametrize("wants", WANTS)
-def test_scoring_a_row_reads_nothing_back(wants: Wants) -> None:
+@pytest.mark.parametrize("asked", WANTS)
+def test_scoring_a_row_reads_nothing_back(asked: ScoreRequest) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         hidden, head, targets, sample = row()
-        known = response(wants.token_share < 1)
+        known = response(asked.token_share < 1)
         options = {"chunk_tokens": CHUNK, "response": known}
-        out = score_head(hidden, head, targets, sample, SAMPLES, wants, **options)
+        out = score_head(hidden, head, targets, sample, SAMPLES, asked, **options)
         assert out.loss.shape == (SAMPLES,)
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
             Response.of(targets, sample)  # the device would be asked: the test can fail

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.memory import TensorPeak
-from slap_ds.scoring import Head, Wants, WeightedTokenLoss, score_head
+from slap_ds.scoring import Head, ScoreRequest, WeightedTokenLoss, score_head
 from slap_ds.scoring.head import head_bytes, head_cost
 from slap_ds.scoring.head_parts import head_probes, sums_first
 from slap_ds.scoring.probes import projection
@@ -19,7 +19,7 @@ HEADS = {
     "scaled": {"scale": 0.4},
     "all": {"bias": True, "cap": 2.0, "scale": 1.7},
 }
-EVERYTHING = Wants("head_input", "exact_head", seed=4, step=9, probes=3, size=(4, 3))
+EVERYTHING = ScoreRequest("head_input", "exact_head", seed=4, step=9, probes=3, size=(4, 3))
 
 
 class Case:
@@ -45,7 +45,7 @@ class Case:
         self.targets = torch.randint(0, vocab, (tokens,), generator=g)
         self.targets[::3] = -100
 
-    def score(self, wants, chunk_tokens=5, **changes):
+    def score(self, request, chunk_tokens=5, **changes):
         arguments = {**vars(self), **changes}
         return score_head(
             arguments.pop("hidden"),
@@ -53,7 +53,7 @@ class Case:
             arguments.pop("targets"),
             arguments.pop("sample"),
             arguments.pop("samples"),
-            wants,
+            request,
             chunk_tokens=chunk_tokens,
             **arguments,
         )
@@ -76,26 +76,26 @@ class Case:
                 jacobian = torch.autograd.functional.jacobian(f, h)
                 yield int(s), h, jacobian, torch.autograd.functional.hessian(f, h), f(h)
 
-    def expected(self, wants):
+    def expected(self, request):
         """Loss, sketch and diagonal written out token by token."""
         width = self.hidden.shape[1]
-        z = head_probes(self.head, wants).double()
-        p = projection(wants.seed, "P", wants.size[0], width).double()
-        if wants.scale is not None:
-            p = p * wants.scale.double()
-        q = projection(wants.seed, "Q", wants.size[1], width).double()
-        wide = wants.size[0] * wants.size[1] if wants.sketch == "head_kron" else width
+        z = head_probes(self.head, request).double()
+        p = projection(request.seed, "P", request.size[0], width).double()
+        if request.scale is not None:
+            p = p * request.scale.double()
+        q = projection(request.seed, "Q", request.size[1], width).double()
+        wide = request.size[0] * request.size[1] if request.sketch == "head_kron" else width
         loss = torch.zeros(self.samples, dtype=torch.float64)
         sketch = torch.zeros(self.samples, wide, dtype=torch.float64)
         diagonal = torch.zeros(width, dtype=torch.float64)
         for s, h, gradient, hessian, value in self.tokens():
             loss[s] += value
             estimate = (z * (hessian @ z)).mean(1)
-            diagonal += hessian.diagonal() if wants.diagonal == "exact_head" else estimate
-            if wants.sketch == "head_kron":
+            diagonal += hessian.diagonal() if request.diagonal == "exact_head" else estimate
+            if request.sketch == "head_kron":
                 sketch[s] += torch.outer(p @ gradient, q @ h).flatten()
             else:
-                sketch[s] += estimate if wants.sketch == "hvp" else gradient
+                sketch[s] += estimate if request.sketch == "hvp" else gradient
         return loss, sketch, diagonal
 
 
@@ -110,9 +110,9 @@ def check(found, expected, bound):
 def test_everything_equals_float64_double_backward(kind, source, sketch):
     case = Case(**HEADS[kind])
     scale = torch.linspace(0.5, 2, 11).double()
-    wants = EVERYTHING._replace(sketch=sketch, diagonal=source, scale=scale)
-    out = case.score(wants)
-    loss, gradient, diagonal = case.expected(wants)
+    request = EVERYTHING._replace(sketch=sketch, diagonal=source, scale=scale)
+    out = case.score(request)
+    loss, gradient, diagonal = case.expected(request)
     check(out.loss, loss, 1e-10)
     counted = [int(((case.sample == s) & (case.targets >= 0)).sum()) for s in range(4)]
     assert out.tokens.tolist() == counted
@@ -130,11 +130,11 @@ def test_everything_equals_float64_double_backward(kind, source, sketch):
 def test_float32_and_bfloat16_accumulate_in_float32(sketch, source):
     for dtype, bound in [(torch.float32, 1e-4), (torch.bfloat16, 0.03)]:
         case = Case(dtype, tokens=200, vocab=300)
-        wants = EVERYTHING._replace(sketch=sketch, diagonal=source)
-        out = case.score(wants, chunk_tokens=16)
+        request = EVERYTHING._replace(sketch=sketch, diagonal=source)
+        out = case.score(request, chunk_tokens=16)
         assert {x.dtype for x in (out.loss, out.gradient, out.diagonal)} == {torch.float32}
         for found, expected in zip(
-            (out.loss, out.gradient, out.diagonal), case.expected(wants), strict=True
+            (out.loss, out.gradient, out.diagonal), case.expected(request), strict=True
         ):
             assert (found - expected).norm() / expected.norm() <= bound
 
@@ -145,10 +145,10 @@ def test_float32_and_bfloat16_accumulate_in_float32(sketch, source):
 def test_the_chunk_size_changes_nothing_but_rounding(sketch, source, kind):
     """Chunks of 1, 2, 7 tokens sum before or after W^T, as their costs say; all agree."""
     case = Case(width=29, **HEADS[kind])
-    wants = EVERYTHING._replace(sketch=sketch, diagonal=source)
-    whole = case.score(wants, chunk_tokens=1000)
+    request = EVERYTHING._replace(sketch=sketch, diagonal=source)
+    whole = case.score(request, chunk_tokens=1000)
     for chunk in (1, 2, 7, 16):
-        for part, expected in zip(case.score(wants, chunk_tokens=chunk), whole, strict=True):
+        for part, expected in zip(case.score(request, chunk_tokens=chunk), whole, strict=True):
             if expected is not None:
                 torch.testing.assert_close(part, expected, rtol=1e-10, atol=1e-12)
 
@@ -157,13 +157,13 @@ def test_both_orders_of_summing_are_taken_and_equal(monkeypatch):
     import slap_ds.scoring.head_parts as module
 
     case = Case(tokens=64, width=29)
-    wants = Wants("head_input")
+    request = ScoreRequest("head_input")
     assert sums_first(64, 4, 29)
     assert not sums_first(4, 4, 29)
     found = []
     for answer in (True, False):
         monkeypatch.setattr(module, "sums_first", lambda *_, a=answer: a)
-        found.append(case.score(wants, chunk_tokens=64).gradient)
+        found.append(case.score(request, chunk_tokens=64).gradient)
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
     assert not torch.equal(*found)
 
@@ -189,15 +189,15 @@ def test_the_gradients_own_backward_is_the_hessian_vector_product(kind):
 @pytest.mark.parametrize("kind", ["plain", "capped"])
 def test_the_diagonal_of_some_tokens_is_that_of_a_row_of_them(kind):
     case = Case(**HEADS[kind])
-    wants = EVERYTHING._replace(token_share=0.5)
+    request = EVERYTHING._replace(token_share=0.5)
     kept = torch.arange(23) % 2 == 0
-    found = case.score(wants, kept=kept)
+    found = case.score(request, kept=kept)
     alone = case.score(EVERYTHING, targets=torch.where(kept, case.targets, -100))
     whole = case.score(EVERYTHING)
     torch.testing.assert_close(found.diagonal, alone.diagonal, rtol=1e-10, atol=1e-12)
     assert found.diagonal_tokens == int((kept & (case.targets >= 0)).sum())
     torch.testing.assert_close(found.gradient, whole.gradient, rtol=1e-10, atol=1e-12)
-    none = case.score(wants, kept=torch.zeros(23, dtype=torch.bool))
+    none = case.score(request, kept=torch.zeros(23, dtype=torch.bool))
     assert none.diagonal_tokens == 0
     assert none.diagonal.abs().max() == 0
 
@@ -218,23 +218,25 @@ def test_a_sample_without_response_tokens_scores_zero_over_zero(sketch, source):
 def test_answers_of_one_token(sketch, source):
     case = Case(tokens=9, samples=9)
     case.targets = torch.arange(9)
-    wants = EVERYTHING._replace(sketch=sketch, diagonal=source)
+    request = EVERYTHING._replace(sketch=sketch, diagonal=source)
     for chunk in (4, 100):
-        out = case.score(wants, chunk_tokens=chunk)
+        out = case.score(request, chunk_tokens=chunk)
         assert out.tokens.tolist() == [1] * 9
         for found, expected in zip(
-            (out.loss, out.gradient, out.diagonal), case.expected(wants), strict=True
+            (out.loss, out.gradient, out.diagonal), case.expected(request), strict=True
         ):
             check(found, expected, 1e-10)
 
 
-@pytest.mark.parametrize("wants", [Wants(), EVERYTHING, EVERYTHING._replace(sketch="head_kron")])
-def test_a_row_without_samples(wants):
+@pytest.mark.parametrize(
+    "asked", [ScoreRequest(), EVERYTHING, EVERYTHING._replace(sketch="head_kron")]
+)
+def test_a_row_without_samples(asked):
     case = Case(tokens=1, samples=0)
     case.sample, case.targets = torch.zeros(1, dtype=torch.int64), torch.tensor([-100])
-    out = case.score(wants)
+    out = case.score(asked)
     assert out.loss.shape == out.tokens.shape == (0,)
-    if wants.diagonal:
+    if asked.diagonal:
         assert out.diagonal.abs().max() == 0
         assert len(out.gradient) == out.diagonal_tokens == 0
 
@@ -245,11 +247,11 @@ def test_a_row_without_samples(wants):
 @pytest.mark.parametrize("source", SOURCES[1:])
 def test_a_broken_sample_stays_out_of_what_all_share(sketch, source, kind, broken):
     case = Case(**HEADS[kind])
-    wants = EVERYTHING._replace(sketch=sketch, diagonal=source)
+    request = EVERYTHING._replace(sketch=sketch, diagonal=source)
     keep = case.sample != 1
-    clean = case.score(wants, targets=torch.where(keep, case.targets, -100))
+    clean = case.score(request, targets=torch.where(keep, case.targets, -100))
     case.hidden[case.sample == 1] = broken
-    out = case.score(wants)
+    out = case.score(request)
     assert torch.isfinite(out.loss).tolist() == [True, False, True, True]
     torch.testing.assert_close(out.diagonal, clean.diagonal)
     assert out.diagonal_tokens == clean.diagonal_tokens
@@ -308,12 +310,12 @@ def test_a_gradient_that_is_not_finite_is_seen_in_training():
 def test_peak_memory_is_within_the_documented_bound(sketch, source, share, dtype, kind):
     chunk = 64
     case = Case(dtype, tokens=300, width=32, vocab=8191, samples=6, **HEADS[kind])
-    wants = EVERYTHING._replace(sketch=sketch, diagonal=source, token_share=share)
+    request = EVERYTHING._replace(sketch=sketch, diagonal=source, token_share=share)
     kept = None if share == 1 else torch.arange(300) % 4 == 0
-    case.score(wants, chunk_tokens=chunk, kept=kept)
+    case.score(request, chunk_tokens=chunk, kept=kept)
     with TensorPeak([case.hidden, case.head.weight, case.targets, case.sample]) as peak:
-        case.score(wants, chunk_tokens=chunk, kept=kept)
-    bound = head_bytes(wants, case.samples, 32, 8191, chunk)
+        case.score(request, chunk_tokens=chunk, kept=kept)
+    bound = head_bytes(request, case.samples, 32, 8191, chunk)
     assert bound <= (12 * chunk + 4 * (4 + 3 * 3 + 4)) * 8191 + 1.5 * 2**20
     assert chunk * 8191 * 4 < peak.bytes <= bound - 2**19
 
@@ -325,8 +327,8 @@ def test_counted_flops_are_those_of_the_products():
     case.targets.clamp_(min=0)
     for source in SOURCES:
         for sketch in SKETCHES:
-            wants = EVERYTHING._replace(sketch=sketch, diagonal=source)
+            request = EVERYTHING._replace(sketch=sketch, diagonal=source)
             with FlopCounterMode(display=False) as counter:
-                case.score(wants, chunk_tokens=64)
-            expected = head_cost(wants, 256, 4, 32, 2047, 64)
+                case.score(request, chunk_tokens=64)
+            expected = head_cost(request, 256, 4, 32, 2047, 64)
             assert counter.get_total_flops() == pytest.approx(expected, rel=0.25), (source, sketch)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slap_ds.scoring import Head, HeadScores, Wants, collect, score_head
+from slap_ds.scoring import Head, HeadScores, ScoreRequest, collect, score_head
 from slap_ds.scoring.probes import projection
 
 SEEDS = 300
@@ -50,7 +50,7 @@ def test_head_kron_keeps_inner_products(a, b):
                 targets,
                 sample,
                 5,
-                Wants("head_kron", size=(a, b), seed=seed),
+                ScoreRequest("head_kron", size=(a, b), seed=seed),
                 chunk_tokens=64,
             ).gradient
             for seed in range(SEEDS)
@@ -71,12 +71,14 @@ def test_projected_sketches_keep_inner_products(dim, scaled):
     tokens = torch.ones(6, dtype=torch.int64)
     sketches = []
     for seed in range(SEEDS):
-        wants = Wants("head_input", sketch_dim=dim, seed=seed, scale=scale if scaled else None)
+        request = ScoreRequest(
+            "head_input", sketch_dim=dim, seed=seed, scale=scale if scaled else None
+        )
         halves = [
             HeadScores(torch.zeros(3), tokens[:3], gradient[part])
             for part in (slice(0, 3), slice(3, 6))
         ]
-        scores = collect(torch.arange(6).split(3), halves, wants)
+        scores = collect(torch.arange(6).split(3), halves, request)
         assert scores.gradient.shape == (6, dim)
         sketches.append(scores.gradient.double())
     exact = (gradient * scale).double()

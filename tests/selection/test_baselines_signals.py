@@ -9,7 +9,7 @@ import torch
 from slap_ds.cli import main
 from slap_ds.config.file import write_config
 from slap_ds.config.schema import ScoringConfig
-from slap_ds.scoring import Head, Scorer, Scores, ScoringPlan, Wants, score_head
+from slap_ds.scoring import Head, Scorer, ScoreRequest, Scores, ScoringPlan, score_head
 from slap_ds.scoring.head import head_bytes, head_cost
 from tests.recipes import tiny_config, tiny_model
 
@@ -57,27 +57,27 @@ def expected(hidden, head, targets, sample, scale):
 @pytest.mark.parametrize("chunk", [3, 64])
 def test_signals_equal_whole_logits_in_float64(kind, others, chunk):
     hidden, head, targets, sample, scale = case(**HEADS[kind])
-    wants = Wants(extras=EXTRAS, **others)
+    request = ScoreRequest(extras=EXTRAS, **others)
     args = (hidden, head, targets, sample, N)
-    found = score_head(*args, wants, chunk_tokens=chunk, scale=scale)
+    found = score_head(*args, request, chunk_tokens=chunk, scale=scale)
     want = expected(hidden, head, targets, sample, scale)
     # What is below rounding of the largest singular value has its root's accuracy.
     error = (found.extras - want).abs() / want.abs()
     assert float(error[:, [0, *range(2, 2 + E)]].max()) < 1e-10
     assert float(error[:, 1].max()) < 1e-6
     # Nothing else is changed by them.
-    alone = score_head(*args, Wants(**others), chunk_tokens=chunk, scale=scale)
+    alone = score_head(*args, ScoreRequest(**others), chunk_tokens=chunk, scale=scale)
     for a, b in zip(found[:5], alone[:5], strict=True):
         assert a is b is None or torch.equal(a, b)
-    part = score_head(*args, Wants(extras=("nuclear",)), chunk_tokens=chunk, scale=scale)
+    part = score_head(*args, ScoreRequest(extras=("nuclear",)), chunk_tokens=chunk, scale=scale)
     assert torch.equal(part.extras[:, 0], found.extras[:, 1])
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_signals_of_low_precision_models(dtype, bound):
     hidden, head, targets, sample, scale = case(dtype, tokens=200, vocab=300)
-    wants = Wants(extras=EXTRAS)
-    found = score_head(hidden, head, targets, sample, N, wants, chunk_tokens=32).extras
+    request = ScoreRequest(extras=EXTRAS)
+    found = score_head(hidden, head, targets, sample, N, request, chunk_tokens=32).extras
     assert found.dtype == torch.float32
     want = expected(hidden, head, targets, sample, scale)
     assert float((found - want).norm() / want.norm()) < bound
@@ -90,15 +90,15 @@ def test_el2n_keeps_its_digits_where_the_model_is_sure():
     head = Head(logits[:, None].float())
     one = torch.ones(1, 1)
     zero = torch.zeros(1, dtype=torch.int64)
-    found = score_head(one, head, zero, zero, 1, Wants(extras=("el2n",)), chunk_tokens=4)
+    found = score_head(one, head, zero, zero, 1, ScoreRequest(extras=("el2n",)), chunk_tokens=4)
     assert 0.5e-9 < float(found.extras) < 2e-9
 
 
 def test_broken_logits_give_nan_norms_of_their_sample_alone():
     hidden, head, targets, sample, scale = case(torch.float32)
     hidden[1] = math.inf
-    wants = Wants(extras=EXTRAS)
-    found = score_head(hidden, head, targets, sample, N, wants, chunk_tokens=8, scale=scale)
+    request = ScoreRequest(extras=EXTRAS)
+    found = score_head(hidden, head, targets, sample, N, request, chunk_tokens=8, scale=scale)
     assert math.isnan(found.extras[0, 1])
     assert torch.isfinite(found.extras[1:]).all()
 
@@ -112,22 +112,24 @@ def test_memory_does_not_grow_with_the_tokens():
         sample = torch.arange(tokens) // 20
         with TensorPeak([hidden, head.weight, targets, sample]) as peak:
             n = tokens // 20
-            score_head(hidden, head, targets, sample, n, Wants(extras=EXTRAS), chunk_tokens=16)
-        bound = head_bytes(Wants(extras=EXTRAS), n, E, 8191, 16)
+            score_head(
+                hidden, head, targets, sample, n, ScoreRequest(extras=EXTRAS), chunk_tokens=16
+            )
+        bound = head_bytes(ScoreRequest(extras=EXTRAS), n, E, 8191, 16)
         assert peak.bytes <= bound
         peaks.append(peak.bytes)
     assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_cost_counts_the_second_product_and_the_gram_matrices():
-    plain = head_cost(Wants(), 100, 5, 16, 1000, 32)
-    more = head_cost(Wants(extras=("nuclear",)), 100, 5, 16, 1000, 32)
+    plain = head_cost(ScoreRequest(), 100, 5, 16, 1000, 32)
+    more = head_cost(ScoreRequest(extras=("nuclear",)), 100, 5, 16, 1000, 32)
     assert more - plain == 2 * (100 * 16 * 1000 + 5 * 20**2 * 1000)
 
 
 def test_the_scorer_divides_what_is_a_sum_and_twins_are_equal():
     plan = ScoringPlan(ScoringConfig(), frozenset({"loss", *EXTRAS}))
-    assert plan.wants(0, None).extras == EXTRAS
+    assert plan.request(0, None).extras == EXTRAS
     tokens = torch.tensor([2, 4, 5, 1])
     extras = torch.arange(20.0).reshape(4, 5)
     scores = Scores(torch.arange(4), torch.ones(4), tokens, extras=extras)

@@ -79,7 +79,7 @@ def reads_of(run: Run, scored: list[PackedRow], monkeypatch: pytest.MonkeyPatch)
     reads = Reads()
     with monkeypatch.context() as patched, reads:
         reads.patch(patched)
-        scores = engine.score(scored, run.scorer.wants(1), keep=True)
+        scores = engine.score(scored, run.scorer.request(1), keep=True)
         gathered = run.comm.gather(0, scores, samples)
         run.scorer.finish(gathered, torch.arange(samples))
         engine.train(scored[: len(scored) // 2], 1000.0, 1e-4, replay=True)
