@@ -21,6 +21,7 @@ from slap_ds.config.schema import Config, LoraConfig
 from slap_ds.models.causal import block_flops, block_parameters, head_flops, trainable
 from slap_ds.models.lora import add_adapter
 from slap_ds.models.reuse import host_boundary_bytes, pinned_bytes
+from slap_ds.selection import make_selector
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -118,7 +119,9 @@ def estimate(
     if config.engine.kind == "deepspeed":
         settings = resolve_deepspeed(config, gpus, shape.width)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    reuse = config.step.forward != "separate" and config.model.gradient_checkpointing
+    scores = bool(make_selector(config.selection.model_dump()).needs)
+    can_reuse = config.step.forward != "separate" and config.model.gradient_checkpointing
+    reuse = scores and can_reuse
     n = max(1, round(candidates_per_gpu * gpus))
     device, host = _states(config, shape, gpus, settings, stage)
     kept_on_device, kept_on_host = _boundaries(config, shape, sample_tokens * n / gpus, reuse)
@@ -131,8 +134,8 @@ def estimate(
         candidates=n,
         memory_gib={name: size / GIB for name, size in device.items()},
         host_gib={name: size / GIB for name, size in host.items()},
-        step_s=_step(*step, reuse=reuse),
-        full_step_s=sum(_step(*step, reuse=None).values()),
+        step_s=_step(*step, keep=config.selection.keep, scores=scores, reuse=reuse),
+        full_step_s=sum(_step(*step, keep=1.0, scores=False, reuse=False).values()),
     )
 
 
@@ -229,10 +232,12 @@ def _step(
     gpus: int,
     stage: int,
     hw: Hardware,
-    reuse: bool | None,
+    *,
+    keep: float,
+    scores: bool,
+    reuse: bool,
 ) -> dict[str, float]:
-    """Seconds by phase; `reuse` None: full training on all candidates, nothing scored."""
-    keep = 1.0 if reuse is None else config.selection.keep
+    """Seconds by phase of a step that trains the share `keep` of the candidates."""
     local = n / gpus
     forward = block_flops(shape.config, shape.parameters, [round(sample_tokens)]) * local
     head = head_flops(shape.config, round(sample_tokens * response_share)) * local
@@ -258,7 +263,7 @@ def _step(
     # Whole weights are gathered once a step, after it; ZeRO-2 reduces the gradients of every row.
     gathers = {3: per_row * trained_rows, 2: trained_rows + 1}.get(stage, 2)
     train = phase(keep * (passes * forward + (3 - frozen) * head), gathers)
-    if reuse is None:
+    if not scores:
         return {"train": train, "score": 0.0, "gather": 0.0, "select": 0.0}
     doublings = math.log2(max(gpus, 2))
     d = sketch_width(config, shape.width)
