@@ -11,21 +11,19 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <iterator>
 #include <limits>
-#include <memory>
 #include <new>
 #include <vector>
 
 #include "../slap_fps.h"
 #include "../sound.h"
 #include "kernels.h"
+#include "paths.h"
+#include "storage.h"
 #include "team.h"
 
 namespace slap {
@@ -39,32 +37,8 @@ constexpr int64_t kFilterDimensions = 32;
 // Norms above this could overflow in the filter's bound; no such pair is filtered.
 constexpr float kFilterNorm = 1e36f;
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Zeroed memory on a cache line: a vector that straddles two lines costs two loads.
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(size_t size) {
-    const size_t bytes = (size * sizeof(T) + 127) / 64 * 64;
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (data_ == nullptr) throw std::bad_alloc();
-    std::memset(data_.get(), 0, bytes);
-  }
-  T* get() const { return data_.get(); }
-  T& operator[](size_t i) const { return data_.get()[i]; }
-
- private:
-  std::unique_ptr<T[], Free> data_;
-};
-
 // A larger pool means fewer passes over all points and more work inside the pool: measured optima.
 int DefaultBlock(int64_t n) { return n <= 2048 ? 64 : 128; }
-
-int64_t RoundUp(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // The sign bit is clear in all of them but -1, so floats order like their bits.
 uint32_t Bits(float value) {
@@ -88,69 +62,6 @@ int32_t KeyIndex(uint64_t key) {
   return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
 }
 
-// Row-major float32 rows, each readable up to a multiple of 16 values; the padding is 0 in all rows
-// and adds fma(0, 0, acc) to a chain: nothing.
-class Rows {
- public:
-  explicit Rows(const SlapFpsProblem& p) : stride_(RoundUp(p.d, 16)) {
-    const float* wide = static_cast<const float*>(p.features);
-    if (!p.bfloat16 && stride_ == p.d) {
-      data_ = wide;
-      return;
-    }
-    copy_ = Buffer<float>(p.n * stride_);
-    data_ = copy_.get();
-    const uint16_t* narrow = static_cast<const uint16_t*>(p.features);
-    for (int64_t i = 0; i < p.n; ++i) {
-      float* row = copy_.get() + i * stride_;
-      if (!p.bfloat16) {
-        std::memcpy(row, wide + i * p.d, p.d * sizeof(float));
-        continue;
-      }
-      uint32_t* bits = reinterpret_cast<uint32_t*>(row);
-      for (int64_t c = 0; c < p.d; ++c) bits[c] = static_cast<uint32_t>(narrow[i * p.d + c]) << 16;
-    }
-  }
-  const float* operator[](int64_t i) const { return data_ + i * stride_; }
-
- private:
-  int64_t stride_;
-  const float* data_;
-  Buffer<float> copy_;
-};
-
-// Rows of 32-bit words, cut into chunks: what `accumulate` and `accumulate_int8` broadcast from.
-template <typename Word>
-class PickRows {
- public:
-  PickRows(int64_t words, int most)
-      : words_(words), most_(most), data_((words + kChunk - 1) / kChunk * most * kStride) {}
-  void Set(int j, const void* row, uint32_t flip) {
-    const char* bytes = static_cast<const char*>(row);
-    for (int64_t c = 0; c < words_; c += kChunk) {
-      Word* to = data_.get() + (c / kChunk * most_ + j) * kStride;
-      std::memcpy(to, bytes + c * 4, std::min<int64_t>(kChunk, words_ - c) * 4);
-      if (flip == 0) continue;
-      uint32_t* flipped = reinterpret_cast<uint32_t*>(to);
-      for (int64_t i = 0; i < std::min<int64_t>(kChunk, words_ - c); ++i) flipped[i] ^= flip;
-    }
-  }
-  const Word* Chunk(int64_t c) const { return data_.get() + c / kChunk * most_ * kStride; }
-
- private:
-  int64_t words_;
-  int most_;
-  Buffer<Word> data_;
-};
-
-// What one thread works in.
-struct Scratch {
-  explicit Scratch(int block) : panel(kChunk * kLanes), acc(block * kLanes), list(block * kLanes) {}
-  Buffer<uint32_t> panel;
-  Buffer<float> acc;  // (block, lanes); int32 while the filter runs
-  Buffer<uint16_t> list;
-};
-
 class Selection {
  public:
   Selection(const SlapFpsProblem& problem, const Kernels& kernels, int threads, int block)
@@ -161,7 +72,7 @@ class Selection {
         pool_size_(std::min(kLanes, block)),
         rows_(problem),
         squared_(problem.n, std::numeric_limits<float>::infinity()),
-        room_(problem.quotas, problem.quotas + problem.g),
+        left_in_(problem.quotas, problem.quotas + problem.g),
         pick_rows_(problem.d, block),
         pairs_(static_cast<size_t>(RoundUp(block, kLanes)) * block),
         pool_bits_(RoundUp(block, kLanes)) {
@@ -211,7 +122,7 @@ class Selection {
   }
 
  private:
-  bool IsOpen(int32_t i) const { return p_.g == 0 || room_[p_.groups[i]] > 0; }
+  bool IsOpen(int32_t i) const { return p_.g == 0 || left_in_[p_.groups[i]] > 0; }
 
   // Fills pool_ (ascending) with the farthest open points of a stratum and beyond_ with the key of
   // the best point left out; false where no point is open.
@@ -270,7 +181,7 @@ class Selection {
       }
       current[at] = taken;
       for (int j = 0; j < panels * kLanes; ++j) best = current[j] > best ? current[j] : best;
-      if (p_.g != 0 && --room_[p_.groups[pick]] == 0) break;
+      if (p_.g != 0 && --left_in_[p_.groups[pick]] == 0) break;
     }
   }
 
@@ -429,7 +340,7 @@ class Selection {
   int pool_size_;
   const Rows rows_;
   std::vector<float> squared_;  // -1: picked
-  std::vector<int64_t> room_;   // picks left, by group
+  std::vector<int64_t> left_in_;   // picks left, by group
   std::vector<Scratch> scratch_;
 
   std::vector<uint64_t> keys_;
@@ -450,65 +361,6 @@ class Selection {
   std::vector<Quantised> pick_bounds_;
   PickRows<int32_t> pick_q_{0, 0};
 };
-
-bool Supports(int32_t path) {
-  switch (path) {
-    case SLAP_FPS_PORTABLE:
-      return true;
-#if defined(__x86_64__)
-    case SLAP_FPS_AVX2:
-      return Avx2Kernels() != nullptr && __builtin_cpu_supports("avx2") &&
-             __builtin_cpu_supports("fma");
-    case SLAP_FPS_AVX512:
-    case SLAP_FPS_VNNI:
-      if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))) {
-        return false;
-      }
-      if (path == SLAP_FPS_AVX512) return Avx512Kernels() != nullptr;
-      return VnniKernels() != nullptr && __builtin_cpu_supports("avx512vnni");
-#endif
-    default:
-      return false;
-  }
-}
-
-const Kernels* KernelsOf(int32_t path) {
-  switch (path) {
-    case SLAP_FPS_AVX2:
-      return Avx2Kernels();
-    case SLAP_FPS_AVX512:
-      return Avx512Kernels();
-    case SLAP_FPS_VNNI:
-      return VnniKernels();
-    default:
-      return PortableKernels();
-  }
-}
-
-// The least of a few timings of one full tile, in seconds.
-double TileSeconds(const Kernels& kernels) {
-  constexpr int kPicks = 12;
-  Buffer<float> panel(kChunk * kLanes), picks(kPicks * kStride), acc(kPicks * kLanes);
-  double least = std::numeric_limits<double>::infinity();
-  for (int i = 0; i < 20; ++i) {
-    const auto begin = std::chrono::steady_clock::now();
-    kernels.accumulate(panel.get(), picks.get(), kChunk, kPicks, acc.get());
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-    least = std::min(least, took.count());
-  }
-  return least;
-}
-
-// The filter wins wherever there is one. Without it, wider is not always faster: some processors
-// run AVX-512 at half rate, and AVX2 can add and multiply on separate ports.
-int32_t MeasureAutoPath() {
-  if (Supports(SLAP_FPS_VNNI)) return SLAP_FPS_VNNI;
-  if (!Supports(SLAP_FPS_AVX2)) return SLAP_FPS_PORTABLE;
-  if (!Supports(SLAP_FPS_AVX512)) return SLAP_FPS_AVX2;
-  return TileSeconds(*Avx512Kernels()) < TileSeconds(*Avx2Kernels()) ? SLAP_FPS_AVX512
-                                                                     : SLAP_FPS_AVX2;
-}
 
 }  // namespace
 }  // namespace slap
