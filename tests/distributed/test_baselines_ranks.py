@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from slap_ds.checkpoint.state import packed, unpacked
 from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.selection import SELECTORS
@@ -74,6 +76,14 @@ def changed(config: Config, name: str, **sections) -> Config:
     return Config.model_validate(raw)
 
 
+def through_files(state, run_dir: Path):
+    """The state as a checkpoint's files give it back."""
+    with tempfile.TemporaryDirectory(dir=run_dir.parent) as folder:
+        for name, data in packed(state).items():
+            (Path(folder) / name).write_bytes(data)
+        return unpacked(Path(folder))
+
+
 def every_method(config: Config, stop: bool, steps: int = 3) -> dict[str, list]:
     """Some steps of each method, one after the other on the same weights.
 
@@ -88,7 +98,7 @@ def every_method(config: Config, stop: bool, steps: int = 3) -> dict[str, list]:
         for step in range(steps):
             if stop and step == 2:
                 parts = (run.stream, run.scorer, run.selector)
-                saved = json.loads(json.dumps([part.state_dict() for part in parts]))
+                saved = [through_files(part.state_dict(), Path(config.run_dir)) for part in parts]
                 run.stream, run.scorer, run.selector = make_parts(run.config, run.inputs.train)
                 for part, state in zip((run.stream, run.scorer, run.selector), saved, strict=True):
                     part.load_state_dict(state)
