@@ -48,7 +48,7 @@ def _train_and_gather(config: Config) -> tuple[str, dict[str, dict[str, torch.Te
     from slap_ds.train.run import prepare
 
     run = prepare(config)
-    if run.start_step < STEPS:
+    if run.state.step < STEPS:
         train(run)
     return _gathered(run.engine)
 

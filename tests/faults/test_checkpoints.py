@@ -123,7 +123,7 @@ def _load_and_save(config: Config, again: Path) -> str:
     from slap_ds.train.run import prepare
 
     run = prepare(config)
-    assert run.start_step == 3
+    assert run.state.step == 3
     saver = checkpoint.Saver(again, run.comm)
     saver.save(3, run.engine, {}, {})
     return str(again / "checkpoints" / "step-000003")
