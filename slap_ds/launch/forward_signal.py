@@ -17,6 +17,8 @@ from types import FrameType
 
 from slap_ds.distributed.watchdog import die_with_parent
 
+_REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 def pass_on(number: signal.Signals, command: Sequence[str]) -> int:
     """Run `command`; returns its exit code, as a shell gives it.
@@ -24,10 +26,6 @@ def pass_on(number: signal.Signals, command: Sequence[str]) -> int:
     Raises:
         OSError: it cannot be started.
     """
-    # What the script has opened for it stays open.
-    child = subprocess.Popen(
-        command, close_fds=False, preexec_fn=functools.partial(die_with_parent, os.getpid())
-    )
     asked = False
 
     def ask(_: int, frame: FrameType | None) -> None:
@@ -35,10 +33,22 @@ def pass_on(number: signal.Signals, command: Sequence[str]) -> int:
         child.send_signal(signal.SIGTERM if asked else number)
         asked = True
 
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    # A request that comes before the handlers are there would end this process, and be lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+    # What the script has opened for it stays open.
+    child = subprocess.Popen(
+        command, close_fds=False, preexec_fn=functools.partial(_prepare_child, os.getpid())
+    )
+    for each in _REQUESTS:
         signal.signal(each, ask)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _REQUESTS)
     code = child.wait()
     return code if code >= 0 else 128 - code
+
+
+def _prepare_child(parent: int) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _REQUESTS)
+    die_with_parent(parent)
 
 
 if __name__ == "__main__":

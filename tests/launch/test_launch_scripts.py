@@ -170,6 +170,7 @@ while true; do sleep 0.05; done
 """
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize(
     ("script", "launcher", "passed"),
