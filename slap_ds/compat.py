@@ -30,6 +30,9 @@ NAMES: dict[str, Name] = {
     "all_gather_single": Name(
         "torch", "2.13", "what all_gather_into_tensor is called since it warns"
     ),
+    "FileBaton": Name(
+        "torch", "2.13", "a lock on builds that stays when its holder is killed; gone in 2.14"
+    ),
     "varlen_attn": Name("torch", "2.13", "flash attention over packed samples, of a prototype API"),
     "_attn_implementation": Name(
         "transformers", "5.17, 5.23, 5.24", "which attention a model was built with, once chosen"
@@ -92,6 +95,13 @@ def all_gather_flat(output: Tensor, mine: Tensor) -> None:
     # torch 2.13 renamed it and warns about the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(output, mine)
+
+
+def build_locks_outlive_their_holder() -> bool:
+    """Whether torch takes the mere existence of a file for a lock on a build: before torch 2.14."""
+    from torch.utils import cpp_extension
+
+    return hasattr(cpp_extension, "FileBaton")
 
 
 def varlen_attention() -> Callable[..., Tensor] | None:

@@ -182,6 +182,8 @@ def seen(tmp_path_factory):
     found["all_gather_single"] = hasattr(dist, "all_gather_single") or hasattr(
         dist, "all_gather_into_tensor"
     )
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    found["FileBaton"] = compat.build_locks_outlive_their_holder() == (version < (2, 14))
     attention = compat.varlen_attention()
     found["varlen_attn"] = attention is not None and {"scale", "window_size"} <= set(
         inspect.signature(attention).parameters

@@ -13,18 +13,22 @@ from pathlib import Path
 
 import psutil
 
+from slap_ds.compat import build_locks_outlive_their_holder
+
 # torch holds the lock for about a second where there is nothing to compile.
 _PATIENCE_S = 10.0
 
 
 def locks(environ: Mapping[str, str]) -> tuple[Path, list[Path]]:
-    """The extension cache, and the locks in it."""
+    """The extension cache, and the locks in it that a killed build leaves behind."""
     if given := environ.get("TORCH_EXTENSIONS_DIR"):
         folder = Path(given)
     else:
         cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = Path(cache) / "torch_extensions"
-    return folder, sorted(folder.glob("**/lock")) if folder.is_dir() else []
+    if not folder.is_dir() or not build_locks_outlive_their_holder():
+        return folder, []
+    return folder, sorted(folder.glob("**/lock"))
 
 
 def refuse_stale_locks(environ: Mapping[str, str], patience_s: float = _PATIENCE_S) -> None:

@@ -221,7 +221,7 @@ def test_whole_words_are_looked_up_before_merging():
 
 
 def test_the_check_catches_a_tokenizer_that_differs(folders, monkeypatch):
-    from slap_ds.models import glm_tokenizer
+    from slap_ds.models.glm import tokenizer as glm_tokenizer
 
     monkeypatch.setattr(glm_tokenizer, "_piece_merges", lambda pieces: [])
     with pytest.raises(ValueError, match=r"would encode .* differently from the original"):
