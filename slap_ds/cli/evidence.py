@@ -121,7 +121,8 @@ def _advise(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.bench.environment import describe
     from slap_ds.config.file import read_config
     from slap_ds.engine import start_ranks, stop_ranks
-    from slap_ds.study.advise import Question, advise, findings, show
+    from slap_ds.study.advise import Question, advise
+    from slap_ds.study.findings import findings, show
 
     question = Question(options.rows, options.prompts)
     config = read_config(options.config, rest)
