@@ -28,6 +28,7 @@ from slap_ds.study.pilot import (
     Wrong,
     exchanged,
     in_common,
+    likeness,
     longest_answer,
     ranks,
     size_gain,
@@ -41,6 +42,7 @@ SCANNED, SCANNED_TOKENS = 20_000, 8_000_000  # at most searched for near-copies
 COPY = 0.5  # rows whose answers, and whole texts, overlap by so much are near-copies
 BLIND = 0.6  # sources of which so many answers seem not to fit are those where it cannot be told
 WEIGHED = 4096  # rows at most that say how rare a token is
+TRIED = 64  # rows of its source among which others for a row are looked for
 LEAST = 32  # rows, below which a share says nothing
 SHOWN = 5  # rows that fit worst, shown where data are noisy
 TENTHS = np.linspace(0, 1, 11)
@@ -219,7 +221,7 @@ def _misfits(
     rows: list[int] = []
     samples: list[Sample] = []
     for row in drawn.tolist():
-        if others := _others(store, row, prompts, generator):
+        if others := _others(store, row, prompts, weights, generator):
             rows.append(row)
             samples += exchanged(store[row], others, run.config.data.max_tokens)
     if not rows:
@@ -230,17 +232,15 @@ def _misfits(
 
 
 def _others(
-    store: TokenStore, row: int, count: int, generator: np.random.Generator
+    store: TokenStore, row: int, count: int, weights: Floats, generator: np.random.Generator
 ) -> list[Sample]:
-    """So many random rows of the same source with other prompts; none where there are fewer."""
-
-    def prompt(sample: Sample) -> Ints:
-        return sample.ids[: longest_answer(sample.mask)[0]]
-
-    own, found = prompt(store[row]), []
-    for place in generator.permutation(np.flatnonzero(store.source == store.source[row])):
+    """So many random rows of the same source, whose prompts are no near-copies; none where there
+    are fewer."""
+    own, found = store[row], []
+    of_source = np.flatnonzero(store.source == store.source[row])
+    for place in generator.permutation(of_source)[:TRIED]:
         other = store[int(place)]
-        if not np.array_equal(prompt(other), own):
+        if likeness(own, other, weights) < COPY:
             found.append(other)
         if len(found) == count:
             return found

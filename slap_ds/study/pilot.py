@@ -133,6 +133,16 @@ def in_common(sample: Sample, weights: Floats) -> float:
     return float(weights[both].sum())
 
 
+def likeness(one: Sample, other: Sample, weights: Floats) -> float:
+    """Weight of the tokens that both rows' prompts hold / that either holds, in [0, 1]; 1: alike.
+
+    What precedes the longest answer counts as prompt.
+    """
+    a, b = (np.unique(s.ids[: longest_answer(s.mask)[0]]) for s in (one, other))
+    either = float(weights[np.union1d(a, b)].sum())
+    return float(weights[np.intersect1d(a, b)].sum()) / either if either > 1e-9 else 1.0
+
+
 @dataclass(frozen=True)
 class Wrong:
     """How many answers have nothing to do with their prompts, as far as can be told."""

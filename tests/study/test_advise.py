@@ -31,6 +31,7 @@ from slap_ds.study.pilot import (
     Work,
     exchanged,
     in_common,
+    likeness,
     longest_answer,
     ranks,
     size_gain,
@@ -178,6 +179,10 @@ def test_tokens_in_common_weigh_their_rarity():
     assert weights[[1, 2, 3, 7]] == pytest.approx([0, math.log(4), math.log(2), 0])
     assert in_common(rows[0], weights) == pytest.approx(math.log(4))
     assert in_common(rows[2], weights) == 0
+    # {1, 2} and {1, 4}: 1 is in all rows, 2 and 4 in one each; {1} and {1} say nothing.
+    assert likeness(rows[0], rows[1], weights) == 0
+    assert likeness(rows[0], sample([1, 2, 4], [3]), weights) == pytest.approx(0.5)
+    assert likeness(rows[2], rows[2], weights) == 1
 
 
 def test_shares_of_wrong_answers_from_a_simulation():
