@@ -19,11 +19,15 @@ PASSES = 2.0  # passes over the rows from which they count as repeated
 WRONG = 0.08  # share of badly fitting answers from which data count as noisy
 UNSURE = 0.2  # share of them that cannot be excluded, from which that is said
 TOLD = 0.2  # share of the rows in other sources, below which nothing is said
-RULE = """\
-Rule of thumb where you prune: selection.method sampled, selection.keep 0.6. A step then costs 0.6
-of one on all data; the same cost buys 1 / 0.6 of the steps. It rests on small models and mostly on
-that keep ratio (docs/experiments.md); methods that score did not earn their cost there. What it is
-worth at your size is not known: compare two short runs at equal cost (docs/studies.md)."""
+AHEAD_OF_RANDOM = "at equal cost sampled was ahead of a random choice by the loss over all tokens"
+RULE = (
+    "Rule of thumb: all data for their whole cost ended lower than pruned runs for 0.7 of it. To "
+    "spend less, set selection.method sampled and selection.keep 0.6: a step then costs 0.6 of one "
+    "on all data, and the same cost buys 1 / 0.6 of the steps. Methods that score did not earn "
+    "their cost. This rests on models of a few million parameters and mostly on that keep ratio "
+    "(docs/experiments.md, docs/log.md); what it is worth at your size is not known: compare two "
+    "short runs at equal cost (docs/studies.md)."
+)
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,7 @@ def findings(found: Mapping[str, Any]) -> list[Finding]:
     out = [finding for rule in rules if (finding := rule(found)) is not None]
     if not any(finding.regime for finding in out):
         says = f"{found['passes']:.1f} passes over rows of which few have near-copies"
-        do = (
-            "train all data for the whole budget: that stayed better than pruning at less cost. "
-            "Where it is too dear, sampled was better than a random choice at the same cost"
-        )
+        do = f"nothing to mend was found. {AHEAD_OF_RANDOM.capitalize()}"
         out.append(Finding("fresh", says, do))
     return out
 
@@ -58,8 +59,8 @@ def _redundant(found: Mapping[str, Any]) -> Finding | None:
     if copies["share"] < COPIES:
         return Finding("", says, "") if partly else None
     do = (
-        "remove copies first if you can: no selection here looks for them. As they are, sampled "
-        "was better than a random choice at the same cost"
+        "remove copies first if you can: the default does not look for them. As they are, "
+        + AHEAD_OF_RANDOM
     )
     return Finding("duplicates", says, do)
 
@@ -85,8 +86,8 @@ def _noisy(found: Mapping[str, Any]) -> Finding | None:
     if told < 1:
         says += f", in the sources where it can be told ({told:.0%} of the rows)"
     do = (
-        "look at the rows below and mend or drop their like. As they are, sampled was better than "
-        "a random choice at the same cost; methods that prefer high losses prefer such rows"
+        "look at the rows below and mend or drop their like; methods that prefer high losses "
+        f"prefer such rows. As they are, {AHEAD_OF_RANDOM}"
     )
     return Finding("noise", says, do)
 
@@ -95,8 +96,7 @@ def _repeated(found: Mapping[str, Any]) -> Finding | None:
     if found["passes"] < PASSES:
         return None
     says = f"{found['passes']:.1f} passes over {found['rows']:,} rows"
-    do = "sampled was better than a random choice at the same cost over three passes"
-    return Finding("epochs", says, do)
+    return Finding("epochs", says, f"over three passes, {AHEAD_OF_RANDOM}")
 
 
 def _dominated(found: Mapping[str, Any]) -> Finding | None:
@@ -108,8 +108,9 @@ def _dominated(found: Mapping[str, Any]) -> Finding | None:
         f"the response tokens, {source['ahead']:.1f} times the rows of the next source"
     )
     do = (
-        "if all sources count the same to you, thin it out: no selection here balances sources. As "
-        "it is, sampled was better than a random choice at the same cost"
+        "if all sources count the same to you, thin it out: the default does not balance sources, "
+        "and by the mean over sources it was level with a random choice. As they are, "
+        + AHEAD_OF_RANDOM
     )
     return Finding("dominated", says, do)
 
@@ -135,9 +136,8 @@ def show(found: Mapping[str, Any]) -> list[Table | str]:
         )
     named = findings(found)
     for finding in named:
-        out.append(
-            f"{finding.regime or '?'}: {finding.says}" + (f"\n  {finding.do}" * bool(finding.do))
-        )
+        lines = [f"{finding.regime or '?'}: {finding.says}", finding.do]
+        out.append("\n  ".join(line for line in lines if line))
     if any(finding.regime == "noise" for finding in named):
         out += ["rows whose answers fit worst:", *(f"  {text}" for text in found["suspects"])]
     return [*out, RULE]
