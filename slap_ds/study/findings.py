@@ -46,7 +46,7 @@ def findings(found: Mapping[str, Any]) -> list[Finding]:
     out = [finding for rule in rules if (finding := rule(found)) is not None]
     if not any(finding.regime for finding in out):
         says = f"{found['passes']:.1f} passes over rows of which few have near-copies"
-        do = f"nothing to mend was found. {AHEAD_OF_RANDOM.capitalize()}"
+        do = f"no regime is certain. {AHEAD_OF_RANDOM.capitalize()}"
         out.append(Finding("fresh", says, do))
     return out
 
