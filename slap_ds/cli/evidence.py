@@ -1,4 +1,4 @@
-"""compare, report, study, fidelity: what runs have shown, and what choices are like."""
+"""compare, report, study, fidelity, advise: what runs have shown, and what choices are like."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ def add(commands: Commands) -> None:
     )
     compass.add_argument("--json", help="write the numbers there")
     compass.set_defaults(run=_fidelity, takes_overrides=True)
+
+    pilot = commands.add_parser(
+        "advise", help="which regime the data look like, and what to set", epilog=OVERRIDES
+    )
+    pilot.add_argument("config", help="of a run; nothing is trained")
+    pilot.add_argument("--rows", type=int, default=256, help="drawn for the pilot (default 256)")
+    pilot.add_argument(
+        "--prompts", type=int, default=4, help="of others, that each answer is tried with"
+    )
+    pilot.add_argument("--json", help="write the numbers and findings there")
+    pilot.set_defaults(run=_advise, takes_overrides=True)
 
     study = commands.add_parser("study", help="a grid of runs from one base model, with intervals")
     study.add_argument("study", help="YAML file; docs/studies.md says what it may hold")
@@ -99,6 +110,33 @@ def _fidelity(options: argparse.Namespace, rest: list[str]) -> None:
     if options.json:
         found = {"environment": describe(), "question": {**given, "blocks": options.blocks}}
         Path(options.json).write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n", "utf-8")
+
+
+def _advise(options: argparse.Namespace, rest: list[str]) -> None:
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from slap_ds.bench.environment import describe
+    from slap_ds.config.file import read_config
+    from slap_ds.engine import start_ranks, stop_ranks
+    from slap_ds.study.advise import Question, advise
+    from slap_ds.study.findings import findings, show
+
+    question = Question(options.rows, options.prompts)
+    config = read_config(options.config, rest)
+    comm = start_ranks(config)
+    found = advise(config, question, comm)
+    if comm.rank == 0:
+        console = Console(markup=False, highlight=False)
+        for part in show(found):
+            console.print(part)
+        if options.json:
+            named = {"findings": [asdict(finding) for finding in findings(found)]}
+            whole = {"environment": describe(), **found, **named}
+            Path(options.json).write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+    stop_ranks(comm)
 
 
 def label_and_settings(text: str) -> tuple[str, str]:

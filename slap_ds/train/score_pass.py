@@ -7,7 +7,7 @@ All ranks call these functions and get the same values. Nothing is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from slap_ds.data.batch import CandidateBatch
-from slap_ds.data.packing import PackedRow, Positions, deal
-from slap_ds.data.store import TokenStore
+from slap_ds.data.packing import Candidate, PackedRow, Positions, deal, pack
+from slap_ds.data.store import Sample, TokenStore
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine import Engine
 from slap_ds.scoring import ScoreRequest, Scores
@@ -60,6 +60,19 @@ def sum_pass(
     for batch, share in _shares(comm, store, indices):
         rows = batch.rows(share, row_tokens)
         parts.append(_score(engine, comm, rows, len(batch), step))
+    return _joined(parts)
+
+
+def rows_pass(
+    engine: Engine, comm: Comm, samples: Sequence[Sample], row_tokens: int
+) -> tuple[Floats, Positions]:
+    """As `sum_pass`, of samples that need not be in a store."""
+    parts = []
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
+        share = deal([len(sample.ids) for sample in chunk], comm.world)[comm.rank]
+        mine = [Candidate(int(i), chunk[i].ids, chunk[i].mask) for i in share]
+        parts.append(_score(engine, comm, pack(mine, row_tokens), len(chunk), step=-1))
     return _joined(parts)
 
 
