@@ -168,7 +168,7 @@ def test_a_full_file_system_is_named_and_the_last_good_one_stays(model, tmp_path
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from slap_ds import checkpoint\n"
+        "from slap_ds.checkpoint import find as checkpoint\n"
         "from slap_ds.distributed.comm import Comm\n"
         "from tests.recipes import run_config, tiny_config\n"
         "config = tiny_config(sys.argv[1], Path(sys.argv[2]), steps=4, data={'eval': []},\n"
