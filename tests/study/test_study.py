@@ -4,7 +4,6 @@ import difflib
 import json
 import os
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -276,7 +275,10 @@ def test_duplicates_stand_in_the_data_so_often():
 
 def test_another_part_of_a_hub_data_set_is_other_data(tmp_path, monkeypatch):
     whole = datasets.Dataset.from_list(
-        [{"messages": [asdict(m) for m in row.messages]} for row in rows("a", 8)]
+        [
+            {"messages": [{"role": m.role, "content": m.content} for m in row.messages]}
+            for row in rows("a", 8)
+        ]
     )
     whole.to_parquet(tmp_path / "rows.parquet")  # so that both parts are read from one file
 
