@@ -2,6 +2,7 @@
 
     peers = Peers.open(rank, MASTER_ADDR, exchange, heart)   every rank answers on a port of its own
     peers.silent()                                           -> the ranks that do not
+    peers.refuses(rank)                                      -> whether its process has ended
     peers.diagnose()                                         -> who holds the others up, in words
 
 A thread answers, so a rank that waits in a collective does answer; one that was killed, frozen or
@@ -84,6 +85,16 @@ class Peers:
     def silent(self) -> list[int]:
         """The ranks, of those this rank has to ask, that do not answer within a second."""
         return [rank for rank, said in self.ask().items() if said is None]
+
+    def refuses(self, rank: int) -> bool:
+        """Whether the host of that rank answers for it: nobody listens there any more."""
+        try:
+            socket.create_connection(self.addresses[rank], timeout=_ASK_S).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def diagnose(self) -> str:
         """Why this rank does not get on, as far as it can find out."""

@@ -8,6 +8,8 @@ run_dir/heartbeat/request.json  what `slap-ds launch` asks of the ranks, on what
 - Neither a beat nor a piece of work for the limit: one line names rank, step, phase and who holds
   it up, and the process ends.
   The thread does it, since the main thread may be inside a collective that never returns.
+- While the rank waits it asks whether the others are still there; one that has gone is named long
+  before the limit (lookout.py).
 - SIGTERM and SIGUSR1 only set `heart.stop`. A Python handler would not run inside a collective;
   the number of the signal arrives on a socket that this thread reads.
 - The launcher gone: the kernel sends SIGTERM (PR_SET_PDEATHSIG).
@@ -47,11 +49,14 @@ from slap_ds.distributed.heart import (
     read_request,
     write_json,
 )
+from slap_ds.distributed.lookout import Lookout
 from slap_ds.distributed.peers import Peers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Launchers pass Ctrl-C on to ranks that the terminal has told already.
 _ECHO_S = 1.0
+# Without progress for so long a rank may be waiting for others.
+_WAITS_S = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -73,6 +78,8 @@ class Watchdog:
     _asked_at: float = 0.0
     _parents: tuple[int, int] = (0, 0)
     _ended: bool = False
+    _leaving: bool = False
+    _lookout: Lookout | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def record(self, code: int | None = None, cause: str = "") -> None:
@@ -106,6 +113,10 @@ class Watchdog:
         Args:
             answered_s: how long it has gone on answering others since it knew that it would leave.
         """
+        with self._lock:
+            first, self._leaving = not self._leaving, True
+        if not first:  # another thread has said why, and ends the process
+            threading.Event().wait()
         if say:
             print(say, file=sys.stderr, flush=True)
         self.record(code, cause)
@@ -148,6 +159,7 @@ class Watchdog:
                 written = now
                 self.record()
                 self._obey()
+                self._look(every_s)
                 # Against code that never lets a thread run: a timer that needs no interpreter.
                 if self.heart.limit_s < math.inf:
                     faulthandler.dump_traceback_later(self.heart.limit_s + 30, exit=True)
@@ -157,6 +169,19 @@ class Watchdog:
         why = self.peers.diagnose() if self.peers is not None else "the others did not join"
         why += f" (no progress for {self.heart.limit_s:g} s)"
         self.end(LOST_PEER, why, self.line(why), time.monotonic() - started)
+
+    def _look(self, every_s: float) -> None:
+        """End this rank if it waits for one that has gone."""
+        if self.peers is None:
+            return
+        if self._lookout is None:
+            self._lookout = Lookout(self.peers, every_s)
+        waits = self._still_s > _WAITS_S
+        lost = self._lookout.lost() if waits else []
+        if lost and not self._ended:
+            why = f"{self.peers.gone(lost)} (no progress for {self._still_s:.0f} s)"
+            self.end(LOST_PEER, why, self.line(why))
+        self._lookout.look(waits)
 
     def _signalled(self, numbers: bytes) -> None:
         for number in numbers:
