@@ -120,7 +120,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--row-tokens", type=int, default=4096 if cuda else 512)
     parser.add_argument("--sample-tokens", type=int, default=256 if cuda else 128)
     parser.add_argument("--response-share", type=float, default=1.0)
-    parser.add_argument("--chunk-tokens", type=int, default=ScoringConfig().chunk_tokens)
+    parser.add_argument("--chunk-tokens", type=int, default=ScoringConfig().chunk_on("cpu"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), help="default: all")
     parser.add_argument("--train", action="store_true", help="time a forward and backward as well")

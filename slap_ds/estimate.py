@@ -217,7 +217,7 @@ def _work(config: Config, shape: Shape, n: int, stage: int) -> dict[str, float]:
     return {
         "gathered weights (two blocks, head)": (2 * block + e * v) * value if stage == 3 else 0.0,
         "head gradient": 0.0 if shape.trained else e * v * (4.0 + value),
-        "head chunk": float(config.scoring.chunk_tokens * v * (4 + 4 + value)),
+        "head chunk": float(config.scoring.chunk_on("cuda") * v * (4 + 4 + value)),
         "one block's activations": float(recompute),
         "scores of all candidates": n * (sketch_width(config, e) * 4 * 2 + 20.0),
     }

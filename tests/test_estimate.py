@@ -140,3 +140,13 @@ def test_a_method_that_scores_nothing_costs_what_it_keeps(tmp_path):
     assert found["sampled"].ratio_to_full == pytest.approx(0.6)
     assert sum(found["sampled"].step_s[p] for p in ("score", "gather", "select")) == 0
     assert found["slap"].ratio_to_full > 0.6
+
+
+def test_a_head_chunk_is_that_of_a_gpu(tmp_path):
+    """Logits, probabilities and their bfloat16 copy of 2,048 tokens, or of as many as are asked."""
+    model = meta()
+    vocab = model.config.vocab_size
+    found = of(model, tmp_path).memory_gib["head chunk"]
+    assert found == 2048 * vocab * (4 + 4 + 2) / GIB
+    few = of(model, tmp_path, scoring={"chunk_tokens": 100}).memory_gib["head chunk"]
+    assert few == pytest.approx(found * 100 / 2048)

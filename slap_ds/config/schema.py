@@ -189,14 +189,19 @@ class ScoringConfig(Section):
     """Exponent of the curvature in the preconditioner."""
     curvature_floor: float = Field(1e-3, gt=0)
     """Smallest curvature, as a share of its mean over dimensions; keeps the division bounded."""
-    chunk_tokens: int = Field(512, ge=1)
-    """Tokens whose logits are held at once: peak extra memory is chunk_tokens * V * 12 bytes."""
+    chunk_tokens: int | None = Field(None, ge=1)
+    """Tokens whose logits are held at once: peak extra memory is chunk_tokens * V * 12 bytes;
+    default: 2,048 on a GPU, 512 on a CPU, whose caches are small."""
 
     def resolved(self, unit: bool) -> ScoringConfig:
         """`sketch_norm` auto replaced by what the method takes: `unit` sketches, or as they are."""
         if self.sketch_norm != "auto":
             return self
         return self.model_copy(update={"sketch_norm": "unit" if unit else "none"})
+
+    def chunk_on(self, kind: str) -> int:
+        """`chunk_tokens`, or its default on a device of this kind ("cuda", "cpu")."""
+        return self.chunk_tokens or (512 if kind == "cpu" else 2048)
 
     @model_validator(mode="after")
     def _fitting(self) -> ScoringConfig:

@@ -25,10 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slap_ds.compat import all_gather_flat
+from slap_ds.device import to_device
 from slap_ds.distributed.heart import Heart
 from slap_ds.distributed.peers import Peers
 from slap_ds.scoring import Scores
-from slap_ds.scoring.response import to_device
 from slap_ds.selection import Selection
 
 

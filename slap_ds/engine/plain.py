@@ -33,7 +33,8 @@ class TorchEngine(Engine):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         lm = load_lm(config, model_config).to(self.device)
         inputs = prepare_blocks(config, lm)
-        self.model = PackedCausalLM(lm, config.scoring.chunk_tokens, inputs).train()
+        chunk = config.scoring.chunk_on(self.device.type)
+        self.model = PackedCausalLM(lm, chunk, inputs).train()
         self.hidden_size = model_config.get_text_config().hidden_size
         self.parameters = count_parameters(lm)
         self.config = config

@@ -47,6 +47,7 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, config: Config, model_config: Any, comm: Comm) -> None:
         import deepspeed
+        from deepspeed.accelerator import get_accelerator
         from deepspeed.runtime.config import DeepSpeedConfigError
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -79,7 +80,8 @@ class DeepSpeedEngine(Engine):
                 deepspeed.utils.set_z3_leaf_modules(lm, list(kinds))
         if self.partitioned and inputs is not None:
             inputs.held = stay_gathered
-        self.model = PackedCausalLM(lm, config.scoring.chunk_tokens, inputs)
+        chunk = config.scoring.chunk_on(get_accelerator().device_name())
+        self.model = PackedCausalLM(lm, chunk, inputs)
         self.parameters = count_parameters(lm)
         self.rank, self.world = comm.rank, comm.world
         self.engine, *_ = deepspeed.initialize(

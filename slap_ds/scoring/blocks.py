@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slap_ds.compat import attention_of, is_deepspeed_name
+from slap_ds.device import to_device
 from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.probes import signs
 from slap_ds.scoring.request import ScoreRequest
-from slap_ds.scoring.response import Response, to_device
+from slap_ds.scoring.response import Response
 from slap_ds.scoring.softmax import Head
 from slap_ds.scoring.token_loss import HeadGradient
 

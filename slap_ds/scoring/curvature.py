@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slap_ds.scoring.response import to_device
+from slap_ds.device import to_device
 
 
 class Curvature:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slap_ds.device import to_device
 from slap_ds.scoring.head_parts import (
     ExactDiagonal,
     HutchinsonDiagonal,
@@ -28,7 +29,7 @@ from slap_ds.scoring.head_parts import (
     Part,
 )
 from slap_ds.scoring.request import ScoreRequest
-from slap_ds.scoring.response import Response, to_device
+from slap_ds.scoring.response import Response
 from slap_ds.scoring.softmax import Chunk, Head
 
 

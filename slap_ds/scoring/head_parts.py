@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from slap_ds.device import to_device
 from slap_ds.scoring.probes import projection, signs
 from slap_ds.scoring.request import ScoreRequest
-from slap_ds.scoring.response import to_device
 from slap_ds.scoring.softmax import Chunk, Head
 
 

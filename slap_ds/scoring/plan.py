@@ -77,11 +77,10 @@ class ScoringPlan:
             extras=self.extras,
         )
 
-    def head_flops(self, model_config: Any, tokens: int, samples: int) -> float:
+    def head_flops(self, model_config: Any, tokens: int, samples: int, chunk_tokens: int) -> float:
         """FLOPs of the head's products for `samples` candidates of `tokens` response tokens."""
-        text = model_config.get_text_config()
-        request, chunk = self.request(0, None), self.config.chunk_tokens
-        return head_cost(request, tokens, samples, text.hidden_size, text.vocab_size, chunk)
+        text, asked = model_config.get_text_config(), self.request(0, None)
+        return head_cost(asked, tokens, samples, text.hidden_size, text.vocab_size, chunk_tokens)
 
     def block_passes(self, layers: int) -> float:
         """Work in blocks beside the forward, in forwards of all `layers` blocks."""

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from slap_ds.device import to_device
+
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 
@@ -50,13 +52,3 @@ class Response:
             here = slice(start, start + chunk_tokens)
             kept = None if self.kept is None else self.kept[here]
             yield Piece(index[here], self.sample[here], kept)
-
-
-def to_device(
-    values: Integers | Tensor, device: torch.device, dtype: torch.dtype | None = None
-) -> Tensor:
-    """The same on the device; the host does not wait for the copy."""
-    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # from pageable memory a copy waits for the stream
-    return tensor.to(device, dtype, non_blocking=True)

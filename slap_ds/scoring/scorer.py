@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slap_ds.device import to_device
 from slap_ds.scoring.curvature import Curvature
 from slap_ds.scoring.head import HeadScores
 from slap_ds.scoring.plan import ScoringPlan
 from slap_ds.scoring.probes import fixed_projection
 from slap_ds.scoring.request import ScoreRequest
-from slap_ds.scoring.response import to_device
 from slap_ds.selection import ScoredBatch, Signal
 
 
@@ -108,11 +108,12 @@ class Scorer:
         sketch = self.sketch(scores)
         # Equal samples have equal scores; packing and the number of ranks round them differently
         # in the last bit, and a tie between twins must not be decided by that.
-        first = to_device(first_occurrence(content), loss.device)
-        scored = ScoredBatch(loss=loss, sketch=sketch, **self._extras(scores)).take(first)
-        return replace(
-            scored, validation=None if validation is None else self._mean_sketch(validation)
-        )
+        first = first_occurrence(content)
+        scored = ScoredBatch(loss=loss, sketch=sketch, **self._extras(scores))
+        if not torch.equal(first, torch.arange(len(first))):  # a copy of all sketches
+            scored = scored.take(first)
+        mean = None if validation is None else self._mean_sketch(validation)
+        return replace(scored.to_host(), validation=mean)
 
     def _mean_sketch(self, scores: Scores) -> Tensor:
         """(D,): the mean sketch of the samples that have a finite one."""

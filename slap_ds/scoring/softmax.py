@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slap_ds.scoring.response import Booleans, Integers, to_device
+from slap_ds.device import to_device
+from slap_ds.scoring.response import Booleans, Integers
 
 
 class Head(NamedTuple):

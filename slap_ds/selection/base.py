@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Generator, Tensor
 
+from slap_ds.device import to_device
+
 Signal = Literal["loss", "sketch", "el2n", "nuclear", "hidden", "validation"]
 
 
@@ -40,6 +42,7 @@ class ScoredBatch:
     groups: Tensor | None = None  # (N,) int64 in [0, G): candidates that share a quota
     quotas: Tensor | None = None  # (G,) int64: most picks of a group
     validation: Tensor | None = None  # (D,) float32, mean sketch of validation samples
+    finite: Tensor | None = None  # (N,) bool on the CPU: what `usable` says, where it is known
     step: int = 0
     lr: float = 0.0  # learning rate of the step
 
@@ -49,7 +52,7 @@ class ScoredBatch:
     def take(self, index: Tensor) -> ScoredBatch:
         """The candidates at `index` (n,), in that order; quotas stay."""
         rows: dict[str, Any] = self.by_candidate()
-        return replace(self, **{name: x[index.to(x.device)] for name, x in rows.items()})
+        return replace(self, **{name: x[to_device(index, x.device)] for name, x in rows.items()})
 
     def by_candidate(self) -> dict[str, Tensor]:
         """What is there with one row a candidate."""
@@ -59,10 +62,27 @@ class ScoredBatch:
 
     def usable(self) -> Tensor:
         """(N,) bool on the CPU: whose scores are all finite."""
+        if self.finite is not None:
+            return self.finite
         finite = torch.ones(len(self), dtype=torch.bool)
         for value in self.by_candidate().values():
             finite &= torch.isfinite(value).reshape(len(self), -1).all(1).cpu()
         return finite
+
+    def to_host(self) -> ScoredBatch:
+        """The same with the numbers that are one a candidate on the CPU, where selectors sort them.
+
+        A GPU is waited for once: they and `finite` travel together. Sketches and hidden states stay
+        where they are.
+        """
+        scores = self.by_candidate()
+        each = {k: x for k, x in scores.items() if x.dim() == 1 and x.is_floating_point()}
+        finite = torch.stack(
+            [torch.isfinite(x).reshape(len(self), -1).all(1) for x in scores.values()]
+        ).all(0)
+        *columns, known = torch.stack([*each.values(), finite.to(self.loss)]).cpu()
+        found: dict[str, Any] = dict(zip(each, columns, strict=True))
+        return replace(self, finite=known != 0, **found)
 
 
 @dataclass(frozen=True)
@@ -153,7 +173,8 @@ def select(selector: Selector, batch: ScoredBatch, budget: int, generator: Gener
             f"all {len(batch)} candidates have NaN or infinite scores: the model has diverged "
             "(lower optimizer.lr) or its weights are broken"
         )
-    kept = selector.select(batch.take(index), min(budget, len(index)), generator)
+    seen = batch if len(index) == len(batch) else batch.take(index)
+    kept = selector.select(seen, min(budget, len(index)), generator)
     picks = index[kept.picks.cpu()]
     assert len(picks.unique()) == len(picks), "a selector picked a candidate twice"
     assert selector.own_count or len(picks) == min(budget, len(index)), "not the budget"

@@ -123,7 +123,8 @@ def _flops(run: Run, plan: StepPlan, picks: Positions) -> dict[str, float]:
                 blocks = block_flops(config, parameters, scores.lengths.tolist())
                 scoring += blocks * (1 + method.block_passes(layers))
                 tokens = int(scores.response_tokens.sum())
-                scoring += method.head_flops(config, tokens, len(scores))
+                chunk = run.engine.model.chunk_tokens
+                scoring += method.head_flops(config, tokens, len(scores), chunk)
     # Backward is two forwards, checkpointing recomputes one; with reuse the first is scoring's.
     # Frozen weights have no gradient, which is half of the backward.
     frozen = run.config.model.lora is not None

@@ -147,6 +147,13 @@ def test_slap_alone_takes_unit_sketches_unless_told_otherwise():
     assert norm("--selection.slap.preset", "paper", "--scoring.sketch_norm", "unit") == "unit"
 
 
+def test_a_gpu_takes_longer_chunks_of_the_head_unless_told_otherwise():
+    scoring = read_config(DEMO, []).scoring
+    assert (scoring.chunk_on("cpu"), scoring.chunk_on("cuda")) == (512, 2048)
+    scoring = read_config(DEMO, ["--scoring.chunk_tokens", "96"]).scoring
+    assert (scoring.chunk_on("cpu"), scoring.chunk_on("cuda")) == (96, 96)
+
+
 ZERO = {"zero_optimization": {"stage": 3}}
 
 

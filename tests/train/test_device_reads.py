@@ -1,21 +1,33 @@
-"""How often the host reads a value back from the device in a step's scoring and training.
+"""How often the host reads a value back from the device in a whole training step.
 
-On a GPU each such read waits for all that is queued. They are counted on a CPU, by the operators
-and methods that do it; the optimizer's own, which reads step numbers on the host, is left out.
+On a GPU each such read waits for all that is queued. They are counted on a CPU: what is computed
+from the model's weights is taken to lie on the device, until it is copied to the host, and the
+operators and methods are counted that would wait for it there. The kernels of the farthest-point op
+are left out (they read how many picks are done, once for a batch of rounds), and so is the
+optimizer's own, which reads step numbers on the host.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from slap_ds.config.schema import Config
-from slap_ds.data.packing import Candidate, PackedRow, make_row
+from slap_ds.data.batch import CandidateBatch
+from slap_ds.data.store import Sample
+from slap_ds.ops.farthest_point import FarthestPoints, run_plan
+from slap_ds.ops.plan import check
+from slap_ds.selection import slap
+from slap_ds.train.record import train_step
 from slap_ds.train.run import Run, prepare
 from tests.recipes import tiny_config, tiny_model
 
@@ -29,68 +41,111 @@ class Reads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        # Weak references keep an address from being given to another storage.
+        self._device: dict[int, StorageWeakRef] = {}
+
+    def put(self, tree: Any) -> None:
+        """From now on these tensors lie on the device."""
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, Tensor):
+                self._device[tensor.untyped_storage()._cdata] = StorageWeakRef(
+                    tensor.untyped_storage()
+                )
+
+    def holds(self, tree: Any) -> bool:
+        """Whether any of these tensors lies on the device."""
+        tensors = [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+        return any(x.untyped_storage()._cdata in self._device for x in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        boolean = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        if func.overloadpacket in READS or boolean:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if self.holds((args, kwargs)):
+            boolean = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+                i is not None and i.dtype == torch.bool for i in args[1]
+            )
+            if func.overloadpacket in READS or boolean:
+                self.seen.append(str(func))
+            self.put(out)
+        return out
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("tolist", "numpy", "cpu"):
             method = getattr(torch.Tensor, name)
 
-            def counted(tensor: torch.Tensor, method: Any = method, name: str = name) -> Any:
-                if tensor.is_floating_point():  # positions and counts are the host's own
-                    self.seen.append(name)
-                return method(tensor)
+            def counted(tensor: Tensor, method: Any = method, name: str = name) -> Any:
+                if not self.holds(tensor):
+                    return method(tensor)
+                self.seen.append(name)
+                with _disable_current_modes():
+                    return method(tensor.clone())
 
             monkeypatch.setattr(torch.Tensor, name, counted)
 
+        def op(features: Tensor, budgets: Tensor, strata: Tensor, **options: Any) -> FarthestPoints:
+            """The op without torch's registry, which would hide what it reads."""
+            options = {"groups": None, "quotas": None, **options}
+            plan = check(features, budgets, strata, **options)
+            with _disable_current_modes():
+                points = FarthestPoints(*run_plan(features.clone(), plan))
+            self.put(points)
+            return points
 
-def rows(count: int, samples: int, tokens: int) -> list[PackedRow]:
-    """`count` rows of `samples` answers of `tokens` tokens."""
-    rng = np.random.default_rng(0)
-    out = []
-    for r in range(count):
-        whole = [rng.integers(3, 2000, tokens + 1) for _ in range(samples)]
-        mask = np.ones(tokens + 1, dtype=bool)
-        out.append(make_row([Candidate(r * samples + i, x, mask) for i, x in enumerate(whole)]))
-    return out
+        monkeypatch.setattr(slap, "farthest_point", op)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """A store of `count` samples, each of a token to start from and `tokens` trained ones."""
+
+    count: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        ones = np.ones(self.count, dtype=np.int64)
+        object.__setattr__(self, "lengths", ones * (self.tokens + 1))
+        object.__setattr__(self, "trained_tokens", ones * self.tokens)
+        object.__setattr__(self, "sample_ids", np.arange(self.count))
+        object.__setattr__(self, "content", np.arange(self.count))
+
+    def __getitem__(self, index: int) -> Sample:
+        ids = np.random.default_rng(index).integers(3, 2000, self.tokens + 1)
+        mask = np.arange(self.tokens + 1) > 0
+        return Sample(ids=ids, mask=mask)
+
+
+@pytest.mark.parametrize("forward", ["reuse", "separate"])
 def test_reads_of_a_step_do_not_grow_with_its_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: str
 ) -> None:
-    """8 rows of 8,192 response tokens, 65,536 in all: at most 12 reads; as many as of 2 rows."""
-    run = prepare(config(tmp_path))
+    """128 answers of 512 tokens, 65,536 in all: at most 12 reads; as many as with a quarter."""
+    run = prepare(config(tmp_path, forward))
     monkeypatch.setattr(run.engine.optimizer, "step", lambda: None)
-    few, many = (reads_of(run, rows(count, 16, 512), monkeypatch) for count in (2, 8))
-    assert 0 < len(many) <= 12, many
+    few, many = (reads_of(run, Answers(count, 512), monkeypatch) for count in (32, 128))
+    assert 4 < len(many) <= 12, many
     assert many == few
 
 
-def reads_of(run: Run, scored: list[PackedRow], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The reads of scoring these rows and training half of them."""
-    engine, samples = run.engine, sum(len(row.where) for row in scored)
-    assert sum(len(row.response) for row in scored) == samples * 512
+def reads_of(run: Run, answers: Answers, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The reads of a step on all of them, from drawing candidates to what is written of it."""
     reads = Reads()
+    reads.put(list(run.engine.model.parameters()))
+    batch = CandidateBatch(answers, np.arange(answers.count))  # type: ignore[arg-type]
     with monkeypatch.context() as patched, reads:
         reads.patch(patched)
-        scores = engine.score(scored, run.scorer.request(1), keep=True)
-        gathered = run.comm.gather(0, scores, samples)
-        run.scorer.finish(gathered, torch.arange(samples))
-        engine.train(scored[: len(scored) // 2], 1000.0, 1e-4, replay=True)
+        record = train_step(run, 1, batch)
+    assert record.metrics["picked"] < record.metrics["candidates"]
+    assert record.metrics["forward"] == run.config.step.forward
+    assert record.metrics["nonfinite"] == 0
     return reads.seen
 
 
-def config(folder: Path) -> Config:
+def config(folder: Path, forward: str) -> Config:
     return tiny_config(
         tiny_model(folder / "model", max_position_embeddings=1024),
         folder / "run",
         engine={"kind": "torch"},
         model={"gradient_checkpointing": True, "attention": "packed"},
-        step={"forward": "reuse"},
+        batch={"micro_batch_tokens": 8300},
+        selection={"method": "slap", "keep": 0.6},
+        step={"forward": forward},
     )
