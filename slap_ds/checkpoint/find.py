@@ -153,10 +153,10 @@ def load(checkpoint: Checkpoint, engine: Engine, comm: Comm) -> dict[str, Any]:
         ValueError: a file is damaged or holds more than tensors, or ranks cannot be changed.
     """
     state = unpacked(checkpoint.folder)
-    if (
-        checkpoint.manifest["world_size"] == comm.world
-        and checkpoint.manifest.get("engine") == engine.kind
-    ):
+    saved = checkpoint.manifest
+    as_saved = saved["world_size"] == comm.world and saved.get("engine") == engine.kind
+    # Whose AdamW it was: their states have the same moments and other fields beside them.
+    if as_saved and saved.get("optimizer.kind", "torch") == engine.optimizer_kind:
         engine.load(checkpoint.folder)
     else:
         engine.load_whole(checkpoint.folder)

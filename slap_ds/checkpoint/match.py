@@ -14,7 +14,7 @@ from slap_ds.config.deepspeed import resolve_deepspeed
 from slap_ds.config.schema import Config
 
 # Facts in which a run may differ from its checkpoint with checkpoint.reshard.
-RESHARDED = ("engine", "zero_stage")
+RESHARDED = ("engine", "zero_stage", "optimizer.kind")
 # What a checkpoint's weights and a model must have in common.
 _SHAPE = (
     "model_type",
@@ -39,6 +39,7 @@ def facts_of(config: Config, model_config: Any, data_fingerprint: str) -> dict[s
         "zero_stage": stage,
         "model": {name: getattr(text, name, None) for name in _SHAPE},
         "model.dtype": config.model.dtype,
+        "optimizer.kind": config.optimizer.kind,
         "data_fingerprint": data_fingerprint,
         "seed": config.seed,
         "model.lora": None if lora is None else lora.model_dump(mode="json"),

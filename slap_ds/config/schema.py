@@ -56,6 +56,9 @@ class ModelConfig(Section):
     attention: str = "packed"
     """packed: each sample of a row by itself; or an attention implementation of transformers:
     sdpa, eager, flex_attention, flash_attention_2."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """liger: Liger's RMSNorm, SwiGLU and rotary embedding in the model's layers, on a GPU;
+    needs `pip install 'slap_ds[liger]'`."""
     gradient_checkpointing: bool = True
     """Keep only block inputs in the forward and recompute the rest in the backward."""
     lora: LoraConfig | None = None
@@ -218,6 +221,9 @@ class ScoringConfig(Section):
 class OptimizerConfig(Section):
     """`optimizer`: AdamW and its schedule."""
 
+    kind: Literal["torch", "deepspeed"] = "torch"
+    """Whose AdamW: torch's, or DeepSpeed's, which it compiles at the first start: DeepSpeedCPUAdam
+    where the optimizer is offloaded or there is no GPU, FusedAdam on a GPU."""
     lr: float = Field(2e-5, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -352,6 +358,11 @@ class Config(Section):
             raise ValueError(
                 "step.balance deal moves picks to other ranks, step.forward reuse keeps their "
                 "activations where they were scored: choose quota or none"
+            )
+        if self.optimizer.kind == "deepspeed" and self.engine.kind == "torch":
+            raise ValueError(
+                "optimizer.kind deepspeed needs engine.kind deepspeed; engine.kind torch steps "
+                "with torch's AdamW: set optimizer.kind torch"
             )
         if self.engine.deterministic and self.model.attention.startswith(
             ("flex_attention", "flash_attention_3", "flash_attention_4")

@@ -32,6 +32,7 @@ from slap_ds.models.causal import (
     enable_checkpointing,
     trainable,
 )
+from slap_ds.models.kernels import use_liger
 from slap_ds.models.load import load_model
 from slap_ds.models.lora import add_adapter
 from slap_ds.models.reuse import BlockInputs, install
@@ -57,6 +58,7 @@ class Engine(ABC):
     """The part both engines share: the loops over rows."""
 
     kind: str  # engine.kind
+    optimizer_kind: str = "torch"  # optimizer.kind
     model: PackedCausalLM  # the wrapper, not the DeepSpeed engine
     optimizer: Any
     device: torch.device
@@ -215,6 +217,8 @@ def load_lm(config: Config, model_config: Any) -> Any:
         attention=config.model.attention,
         seed=config.seed,
     )
+    if config.model.kernels == "liger":
+        use_liger(lm)
     if config.model.lora is not None:
         add_adapter(lm, config.model.lora, config.seed)
     return lm
@@ -244,10 +248,32 @@ def _say_separate(reason: str) -> None:
         print(f"step.forward: separate, because {reason}", file=sys.stderr)
 
 
-def make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW with the config's settings."""
-    # torch's own AdamW needs no compiler on the user's machine, unlike DeepSpeed's.
+def make_optimizer(
+    config: Config, parameters: list[torch.nn.Parameter], on_host: bool = True
+) -> torch.optim.Optimizer:
+    """AdamW with the config's settings.
+
+    Args:
+        on_host: its state lies in host memory; DeepSpeed has an AdamW of its own for that.
+
+    Raises:
+        ValueError: DeepSpeed's is asked for and cannot be compiled here.
+    """
     o = config.optimizer
-    return torch.optim.AdamW(
-        parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
-    )
+    settings: dict[str, Any] = {"lr": o.lr, "betas": o.betas, "eps": o.eps}
+    settings["weight_decay"] = o.weight_decay
+    if o.kind == "torch":  # which needs no compiler on the user's machine
+        return torch.optim.AdamW(parameters, **settings)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    kind = DeepSpeedCPUAdam if on_host else FusedAdam
+    try:
+        optimizer: torch.optim.Optimizer = kind(parameters, **settings)
+    except (RuntimeError, OSError, ImportError) as error:
+        cause = next(iter(str(error.__cause__ or error).strip().splitlines()), "")
+        raise ValueError(
+            f"optimizer.kind deepspeed: {kind.__name__} cannot be compiled here ({cause}): install "
+            f"a C++ compiler{'' if on_host else ' and the CUDA toolkit'} and ninja, or set "
+            "optimizer.kind torch"
+        ) from error
+    return optimizer

@@ -52,7 +52,7 @@ class TorchEngine(Engine):
         ]
 
     @cached_property
-    def optimizer(self) -> torch.optim.AdamW:
+    def optimizer(self) -> torch.optim.Optimizer:
         """AdamW over `masters`."""
         return make_optimizer(self.config, self.masters)
 

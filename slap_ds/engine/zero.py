@@ -72,6 +72,7 @@ class DeepSpeedEngine(Engine):
         self.partitioned = settings["zero_optimization"].get("stage") == 3
         lora = config.model.lora
         self.adapts = lora is not None
+        self.optimizer_kind = config.optimizer.kind
         if self.partitioned and (config.model.gradient_checkpointing or (lora and lora.use_dora)):
             # One gather a block, by hooks on the block itself; DoRA reads a layer's weight outside
             # that layer. A model without one list of blocks runs with finer hooks, without replay.
@@ -83,10 +84,12 @@ class DeepSpeedEngine(Engine):
         chunk = config.scoring.chunk_on(get_accelerator().device_name())
         self.model = PackedCausalLM(lm, chunk, inputs)
         self.parameters = count_parameters(lm)
+        offload = settings["zero_optimization"].get("offload_optimizer") or {}
+        on_host = get_accelerator().device_name() == "cpu" or offload.get("device") == "cpu"
         self.rank, self.world = comm.rank, comm.world
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
-            optimizer=make_optimizer(config, trainable(lm)),
+            optimizer=make_optimizer(config, trainable(lm), on_host),
             config=settings,
         )
         limit_waiting(config.engine.start_timeout_s)
@@ -192,7 +195,7 @@ class DeepSpeedEngine(Engine):
 
                 for group in optimizer.optimizer.param_groups:
                     (flat,) = group["params"]  # this rank's part of the group
-                    made: dict[str, Tensor] = {"step": torch.tensor(whole.step)}
+                    made: dict[str, Any] = {"step": self._step_count(whole)}
                     made |= {key: torch.zeros_like(flat) for key in MOMENTS}
                     optimizer.optimizer.state[flat] = made
                 attach_moments(optimizer)
@@ -205,6 +208,10 @@ class DeepSpeedEngine(Engine):
                         safe_set_full_optimizer_state(parameter, value, key)
                 copy_to_weights(optimizer)
         set_step(self.engine, int(whole.step))
+
+    def _step_count(self, whole: WholeState) -> Tensor | int:
+        """Steps taken, as this run's optimizer keeps them."""
+        return int(whole.step) if self.optimizer_kind == "deepspeed" else torch.tensor(whole.step)
 
     def _load_partitions(self, whole: WholeState, names: dict[Any, str]) -> None:
         """ZeRO-3: write this rank's part of the state as its own checkpoint would hold it, and let
@@ -223,9 +230,9 @@ class DeepSpeedEngine(Engine):
                     made[-1][offset : offset + len(part)].copy_(part)
                     offset += size
         state["fp32_flat_groups"] = flats["fp32"]
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Any]] = {}
         for i in range(len(flats["fp32"])):
-            moments[i] = {"step": torch.tensor(whole.step)}
+            moments[i] = {"step": self._step_count(whole)}
             moments[i] |= {key: flats[key][i] for key in MOMENTS}
         state["optimizer_state_dict"]["state"] = moments
         optimizer.load_state_dict([None] * self.rank + [state])

@@ -24,7 +24,7 @@ from slap_ds.engine.tensor_files import TensorWriter, file_fact, read_tensors, w
 class Numbers:
     """An engine whose whole state is one tensor; the files and the folders are the real ones."""
 
-    kind = "torch"
+    kind = optimizer_kind = "torch"
 
     def __init__(self, value: float = 0.0) -> None:
         self.value = torch.full((1000,), value)

@@ -80,8 +80,8 @@ def rates(device: torch.device, tiny: bool, out: Path) -> dict[str, Any]:
 
 
 def kernel(device: torch.device, tiny: bool, out: Path) -> dict[str, Any]:
-    """pytest -m gpu tests/gpu; on a CPU the same kernels emulated."""
-    where = ["-m", "gpu", "tests/gpu"]
+    """pytest -m "gpu and not slow" tests/gpu; on a CPU the same kernels emulated."""
+    where = ["-m", "gpu and not slow", "tests/gpu"]
     if device.type == "cpu":
         where = ["tests/ops/test_farthest_point_cuda.py", "-k", "131 or spares"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *where]
