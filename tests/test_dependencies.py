@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "slap_ds"
-LEAVES = {"__init__", "compat", "config", "errors", "files", "jsonl", "timing"}
+LEAVES = {"__init__", "compat", "config", "device", "errors", "files", "jsonl", "timing"}
 ORDER = ["ops", "selection", "scoring", "data", "models", "distributed", "launch", "engine"]
 ORDER += ["checkpoint", "train", "evaluation", "bench", "study", "report", "cli"]
 # Files and folders beside that order: all they may import is what the named folder may, and it.

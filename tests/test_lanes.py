@@ -94,7 +94,7 @@ def test_the_lock_pins_what_is_needed_within_the_ranges(python):
     ((torch, _),) = locked("torch.txt")
     pinned["torch"] = next(iter(torch.specifier)).version
     assert {"pip", "setuptools", "ninja"} <= set(pinned)
-    optional = {"lm-eval", "mpi4py"}  # of extras that no test needs
+    optional = {"liger-kernel", "lm-eval", "mpi4py"}  # of extras that no test needs
     for name, range_ in ranges().items():
         if name not in optional:
             assert range_.contains(pinned[name]), f"{name} {pinned[name]}: make lock"

@@ -31,6 +31,7 @@ from slap_ds.config.deepspeed import resolve_deepspeed
 from slap_ds.config.schema import Config
 from slap_ds.data.packing import PackedRow
 from slap_ds.distributed.comm import Comm
+from slap_ds.distributed.startup import first_on_each_node
 from slap_ds.engine.base import MOMENTS, Engine, TrainStats, load_lm, make_optimizer, prepare_blocks
 from slap_ds.engine.process_group import limit_waiting
 from slap_ds.engine.tensor_files import TensorWriter, read_tensors
@@ -89,7 +90,10 @@ class DeepSpeedEngine(Engine):
         self.rank, self.world = comm.rank, comm.world
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
-            optimizer=make_optimizer(config, trainable(lm), on_host),
+            # DeepSpeed's is compiled when it is first made: once a node.
+            optimizer=first_on_each_node(
+                comm, "the optimizer", lambda tell: make_optimizer(config, trainable(lm), on_host)
+            ),
             config=settings,
         )
         limit_waiting(config.engine.start_timeout_s)
