@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from slap_ds.data.packing import Candidate, PackedRow, make_row
 from slap_ds.models.load import load_model
-from slap_ds.scoring import Curvature, Head, Wants, WeightedTokenLoss, score_head
+from slap_ds.scoring import Curvature, Head, ScoreRequest, WeightedTokenLoss, score_head
 from slap_ds.selection import ScoredBatch, Selection, make_selector, select
 
 N, KEEP, VOCAB, CHUNK = 32, 0.6, 64, 512  # candidates a step, M / N, tokens, logits held at once
@@ -45,7 +45,7 @@ def score(model, candidates: list[Candidate], curvature: Curvature) -> ScoredBat
     row = make_row(candidates)
     hidden, head = hidden_states(model, row), Head(model.lm_head.weight, None)
     # The gradient by the final hidden states and the Hessian's diagonal, both in closed form.
-    asked = Wants(sketch="head_input", diagonal="exact_head")
+    asked = ScoreRequest(sketch="head_input", diagonal="exact_head")
     sums = score_head(hidden, head, row.targets, row.sample, N, asked, chunk_tokens=CHUNK)
     curvature.update(sums.diagonal, int(sums.diagonal_tokens))
     sketch = curvature.precondition(sums.gradient / sums.tokens[:, None])

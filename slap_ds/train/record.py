@@ -75,10 +75,7 @@ def step_record(
         metrics |= loss_spread(scored.loss, selection.picks)
     if (peak := peak_gib(run.engine.device)) is not None:
         metrics["peak_gib"] = peak
-    totals = run.state.totals
-    for key in _SUMMED:
-        totals[key] = totals.get(key, 0.0) + float(metrics.get(key, 0.0))
-    metrics["total"] = dict(totals)
+    metrics["total"] = _added(run.state.totals, metrics)
     ids = batch.sample_ids[picks].tolist()
     broken = _broken_scores(batch, scored) + result.broken
     return StepRecord(
@@ -87,6 +84,13 @@ def step_record(
         {"step": plan.step, "ids": ids, "weights": selection.weights.tolist()},
         [{"step": plan.step, "id": number, "reason": reason} for number, reason in broken],
     )
+
+
+def _added(totals: dict[str, float], metrics: dict[str, Any]) -> dict[str, float]:
+    """The totals with this step in them; a copy, for `totals` goes on growing."""
+    for key in _SUMMED:
+        totals[key] = totals.get(key, 0.0) + float(metrics.get(key, 0.0))
+    return dict(totals)
 
 
 def loss_spread(loss: Tensor, picks: Tensor) -> dict[str, list[float]]:

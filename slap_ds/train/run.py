@@ -133,13 +133,7 @@ def prepare(
     if run.reuses and selector.needs:
         check_boundaries(run)
     if newest is not None:
-        comm.heart.beat("loading the checkpoint")
-        state = checkpoints.load(newest, engine, comm)
-        stream.load_state_dict(state["stream"])
-        scorer.load_state_dict(state["scorer"])
-        selector.load_state_dict(state["selector"])
-        run.state.load_state_dict(state, newest.step)
-        run.changed = changed_settings(newest, config.model_dump(mode="json"))
+        _resume(run, newest)
     check_isolation(engine, inputs.model_config, config.model.attention)
     check_head(engine, inputs.model_config, config.model.dtype)
     if run.reuses and selector.needs:
@@ -150,6 +144,16 @@ def prepare(
         write_config(config, run_dir / "config.yaml")
         write_deepspeed(engine, run_dir / "deepspeed.json")
     return run
+
+
+def _resume(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
+    run.comm.heart.beat("loading the checkpoint")
+    state = checkpoints.load(checkpoint, run.engine, run.comm)
+    run.stream.load_state_dict(state["stream"])
+    run.scorer.load_state_dict(state["scorer"])
+    run.selector.load_state_dict(state["selector"])
+    run.state.load_state_dict(state, checkpoint.step)
+    run.changed = changed_settings(checkpoint, run.config.model_dump(mode="json"))
 
 
 def _newest_checkpoint(config: Config, comm: Comm) -> checkpoints.Checkpoint | None:

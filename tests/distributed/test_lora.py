@@ -236,7 +236,7 @@ def test_dropout_refuses_reuse_and_auto_goes_on(models, tmp_path, capsys):
     ("lora", "told"),
     [
         ({"target_modules": ["wq"]}, r"no layer of the model is named \['wq'\], expected .*q_proj"),
-        ({"target_modules": ["lm_head"]}, "names the output embedding"),
+        ({"target_modules": ["lm_head"]}, "adapts the output embedding"),
         ({"start": "./nowhere"}, "no adapter_config.json in './nowhere'"),
     ],
 )
