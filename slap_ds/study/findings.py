@@ -19,13 +19,13 @@ PASSES = 2.0  # passes over the rows from which they count as repeated
 WRONG = 0.08  # share of badly fitting answers from which data count as noisy
 UNSURE = 0.2  # share of them that cannot be excluded, from which that is said
 TOLD = 0.2  # share of the rows in other sources, below which nothing is said
-AHEAD_OF_RANDOM = "at equal cost sampled was ahead of a random choice by the loss over all tokens"
+AHEAD_OF_RANDOM = "in a small pilot sampled was ahead of a random choice at equal cost"
 RULE = (
     "Rule of thumb: all data for their whole cost ended lower than pruned runs for 0.7 of it. To "
     "spend less, set selection.method sampled and selection.keep 0.6: a step then costs 0.6 of one "
     "on all data, and the same cost buys 1 / 0.6 of the steps. Methods that score did not earn "
-    "their cost. This rests on models of a few million parameters and mostly on that keep ratio "
-    "(docs/experiments.md, docs/log.md); what it is worth at your size is not known: compare two "
+    "their cost. This rests on a pilot with tiny models and that keep ratio, not on a study "
+    "(docs/log.md); what it is worth at your size is not known: compare two "
     "short runs at equal cost (docs/studies.md)."
 )
 
