@@ -38,12 +38,12 @@ inline bool IsSound(const SlapFpsProblem& p) {
   if (p.groups == nullptr || p.quotas == nullptr || !InRange(p.groups, p.n, p.g)) return false;
   std::vector<int64_t> sizes(p.g, 0);
   for (int64_t i = 0; i < p.n; ++i) ++sizes[p.groups[i]];
-  int64_t room = 0;
+  int64_t capacity = 0;
   for (int64_t g = 0; g < p.g; ++g) {
     if (p.quotas[g] < 0) return false;
-    room += std::min(p.quotas[g], sizes[g]);
+    capacity += std::min(p.quotas[g], sizes[g]);
   }
-  return room >= p.m && p.quotas[p.groups[p.first]] > 0;
+  return capacity >= p.m && p.quotas[p.groups[p.first]] > 0;
 }
 
 }  // namespace slap

@@ -1,4 +1,4 @@
-"""DESIGN: folders import only what stands left of them; one room for deepspeed and collectives."""
+"""DESIGN: folders import what stands left of them; one package for deepspeed and collectives."""
 
 import ast
 from pathlib import Path
@@ -23,7 +23,7 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def room(module):
+def folder_of(module):
     """The file or folder of the package's root that a module belongs to."""
     parts = module.split(".")
     known = len(parts) > 1 and (
@@ -50,7 +50,7 @@ def test_folders_import_only_to_their_left():
             continue
         for module in imports(path):
             if module.split(".")[0] == "slap_ds":
-                assert room(module) in allowed(name), f"{path} imports {module}"
+                assert folder_of(module) in allowed(name), f"{path} imports {module}"
                 checked += 1
     assert checked > 300
 
@@ -63,12 +63,12 @@ def test_no_module_lies_loose_in_the_root():
     assert folders == {*ORDER, "config", "doctor"}
 
 
-def test_deepspeed_and_collectives_stay_in_their_rooms():
+def test_deepspeed_and_collectives_stay_in_their_packages():
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).with_suffix("").parts[0]
         for module in imports(path):
             if module.split(".")[0] == "deepspeed":
                 assert name == "engine", f"{path} imports deepspeed"
             if module.startswith("torch.distributed"):
-                rooms = ("compat", "distributed", "engine")
-                assert name in rooms, f"{path} imports torch.distributed"
+                packages = ("compat", "distributed", "engine")
+                assert name in packages, f"{path} imports torch.distributed"

@@ -41,7 +41,7 @@ struct Arguments {
   const int32_t* begin;    // (k + 1,) where each stratum begins in `order`
   const int32_t* stratum;  // (n,)
   const int32_t* group;    // (n,), if g > 0
-  int32_t* room;           // (g,) picks left
+  int32_t* remaining;           // (g,) picks left
   int32_t* left;           // (k,) picks left
   State* state;
   int32_t* pool;     // (kBlock,) ascending
@@ -66,7 +66,7 @@ __device__ unsigned long long Key(unsigned bits, int index) {
 }
 
 __device__ bool IsOpen(const Arguments& a, int i) {
-  return a.squared[i] >= 0.0f && (a.g == 0 || a.room[a.group[i]] > 0);
+  return a.squared[i] >= 0.0f && (a.g == 0 || a.remaining[a.group[i]] > 0);
 }
 
 // A distance that is open to picks is >= 0, where bits sort as values do.

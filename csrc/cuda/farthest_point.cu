@@ -102,7 +102,7 @@ Parts Divide(const SlapFpsProblem& p, Workspace* space) {
   a.begin = parts.begin = space->Take<int32_t>(p.k + 1);
   a.stratum = parts.stratum = space->Take<int32_t>(p.n);
   a.group = parts.group = space->Take<int32_t>(p.g > 0 ? p.n : 0);
-  a.room = space->Take<int32_t>(p.g);
+  a.remaining = space->Take<int32_t>(p.g);
   a.left = space->Take<int32_t>(p.k);
   a.state = space->Take<State>(1);
   a.pool = space->Take<int32_t>(kBlock);
@@ -142,7 +142,7 @@ bool Upload(T* to, const std::vector<T>& from, cudaStream_t stream) {
 
 bool Prepare(const SlapFpsProblem& p, const Parts& parts, cudaStream_t stream) {
   const Arguments& a = parts.a;
-  std::vector<int32_t> stratum(p.n, 0), begin(p.k + 1, 0), order(p.n), left(p.k), group, room;
+  std::vector<int32_t> stratum(p.n, 0), begin(p.k + 1, 0), order(p.n), left(p.k), group, remaining;
   for (int64_t i = 0; i < p.n && p.strata != nullptr; ++i) {
     stratum[i] = static_cast<int32_t>(p.strata[i]);
   }
@@ -155,11 +155,11 @@ bool Prepare(const SlapFpsProblem& p, const Parts& parts, cudaStream_t stream) {
   while (left[state.stratum] == 0) ++state.stratum;
   for (int64_t i = 0; i < p.n && p.g > 0; ++i) group.push_back(static_cast<int32_t>(p.groups[i]));
   for (int64_t g = 0; g < p.g; ++g) {
-    room.push_back(static_cast<int32_t>(p.quotas[g] < p.n ? p.quotas[g] : p.n));
+    remaining.push_back(static_cast<int32_t>(p.quotas[g] < p.n ? p.quotas[g] : p.n));
   }
   if (!Upload(parts.order, order, stream) || !Upload(parts.begin, begin, stream) ||
       !Upload(parts.stratum, stratum, stream) || !Upload(parts.group, group, stream) ||
-      !Upload(a.room, room, stream) || !Upload(a.left, left, stream) ||
+      !Upload(a.remaining, remaining, stream) || !Upload(a.left, left, stream) ||
       !Upload(a.state, std::vector<State>{state}, stream)) {
     return false;
   }

@@ -201,10 +201,10 @@ __global__ void __launch_bounds__(kFilterThreads) Filter(Arguments a) {
   int begin = 0;
   if (lane == 31 && before > 0) begin = atomicAdd(&a.state->close, before);
   int to = __shfl_sync(kAll, begin, 31) + before - mine;
-  const int room = kCloseShare * a.n;
+  const int capacity = kCloseShare * a.n;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    for (unsigned left = through[i]; left != 0 && to < room; left &= left - 1, ++to) {
+    for (unsigned left = through[i]; left != 0 && to < capacity; left &= left - 1, ++to) {
       const int bit = __ffs(static_cast<int>(left)) - 1;
       const int point = point0 + i * 16 + group + bit % 4 / 2 * 8;
       const int pick = pick0 + bit / 4 * 8 + pair + bit % 2;

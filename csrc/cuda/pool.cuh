@@ -254,13 +254,13 @@ __global__ void __launch_bounds__(kBlock) Greedy(Arguments a) {
     // Lane l holds pool points 4 l to 4 l + 3: their distance (a key of 0: not there, or picked)
     // and the picks their group has left.
     unsigned key[4];
-    int group[4], room[4];
+    int group[4], remaining[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int i = tid * 4 + q < size ? a.pool[tid * 4 + q] : -1;
       key[q] = i >= 0 ? __float_as_uint(a.squared[i]) + 1 : 0;
       group[q] = i >= 0 && a.g > 0 ? a.group[i] : -1;
-      room[q] = group[q] >= 0 ? a.room[group[q]] : 0;
+      remaining[q] = group[q] >= 0 ? a.remaining[group[q]] : 0;
     }
     const int most = state->done == 0 ? 1 : min(a.left[state->stratum], size);
     int count = 0;
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kBlock) Greedy(Arguments a) {
         const bool picked = tid * 4 + q == static_cast<int>(at);
         const unsigned closer = __float_as_uint(distance[q]) + 1;
         key[q] = picked || key[q] == 0 ? 0 : min(key[q], closer);
-        if (from >= 0 && group[q] == from) full = --room[q] == 0 || full;
+        if (from >= 0 && group[q] == from) full = --remaining[q] == 0 || full;
       }
       if (__any_sync(kAll, full)) break;
     }
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kBlock) Greedy(Arguments a) {
     a.pick_squared[done + tid] = value[tid];
     a.squared[pick] = -1.0f;
     a.fresh[tid] = pick;
-    if (a.g > 0) atomicSub(&a.room[a.group[pick]], 1);
+    if (a.g > 0) atomicSub(&a.remaining[a.group[pick]], 1);
   }
   __syncthreads();
   if (tid == 0) {

@@ -147,11 +147,11 @@ Picks PlainGreedy(const Case& c) {
   Picks out;
   out.squared.assign(p.n, INFINITY);
   std::vector<char> taken(p.n, 0);
-  std::vector<int64_t> left(c.budgets), room(c.quotas);
+  std::vector<int64_t> left(c.budgets), remaining(c.quotas);
   for (int64_t s = 0; static_cast<int64_t>(out.picks.size()) < p.m;) {
     int64_t best = -1;
     for (int64_t i = 0; i < p.n && left[s] > 0; ++i) {
-      if (taken[i] || c.strata[i] != s || (p.g > 0 && room[c.groups[i]] == 0)) continue;
+      if (taken[i] || c.strata[i] != s || (p.g > 0 && remaining[c.groups[i]] == 0)) continue;
       if (best < 0 || out.squared[i] > out.squared[best]) best = i;
     }
     if (best < 0) {
@@ -164,7 +164,7 @@ Picks PlainGreedy(const Case& c) {
     out.at.push_back(out.squared[best]);
     taken[best] = 1;
     --left[s];
-    if (p.g > 0) --room[c.groups[best]];
+    if (p.g > 0) --remaining[c.groups[best]];
     for (int64_t i = 0; i < p.n; ++i) {
       if (!p.across_strata && c.strata[i] != s) continue;
       float sum = 0.0f;

@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"slap-ds {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for room in (training, models, evaluation, evidence, cluster, bench):
-        room.add(commands)
+    for each in (training, models, evaluation, evidence, cluster, bench):
+        each.add(commands)
     return parser
 
 

@@ -106,8 +106,8 @@ class Comm:
     def texts(self, step: int, phase: str, text: str) -> list[str]:
         """Every rank's text, in rank order."""
         data = text.encode()
-        room = int(self.exchange(step, f"{phase}: lengths", [len(data)]).max())
-        padded = data.ljust(-(-max(room, 1) // 8) * 8, b"\0")
+        longest = int(self.exchange(step, f"{phase}: lengths", [len(data)]).max())
+        padded = data.ljust(-(-max(longest, 1) // 8) * 8, b"\0")
         table = self.exchange(step, phase, np.frombuffer(padded, dtype=np.int64).tolist())
         return [row.tobytes().rstrip(b"\0").decode() for row in np.ascontiguousarray(table)]
 
@@ -136,8 +136,8 @@ class Comm:
         told = self.exchange(step, "gather sizes", mine).tolist()
         if self.world == 1:
             return _in_order(step, [local], candidates)
-        room = -(-max(_bytes(local, n) for n, _ in told) // 8) * 8  # rows begin at whole numbers
-        payload = torch.zeros(room, dtype=torch.uint8, device=local.loss.device)
+        width = -(-max(_bytes(local, n) for n, _ in told) // 8) * 8  # rows begin at whole numbers
+        payload = torch.zeros(width, dtype=torch.uint8, device=local.loss.device)
         _pack(local, payload)
         table = self._all_gather(payload, "gather")
         rows = zip(table, told, strict=True)

@@ -365,13 +365,13 @@ def _host(name: str, slots: int, asked: str) -> tuple[Finding, str]:
         text = f"no {sys.executable} there: the same path is needed everywhere"
         return Finding("red", name, text), ""
     interfaces = answer[4] if answer[4:] and answer[4] != "unknown" else ""
-    room, what = (gpus, "GPUs") if gpus or torch.cuda.is_available() else (cores, "cores")
-    if slots > room:
-        text = f"slots={slots}, but {room} {what} there: lower slots"
+    there, what = (gpus, "GPUs") if gpus or torch.cuda.is_available() else (cores, "cores")
+    if slots > there:
+        text = f"slots={slots}, but {there} {what} there: lower slots"
         return Finding("red", name, text), interfaces
     # The clock was read somewhere between the two times here.
     skew_s = max(before - clock, clock - after, 0.0)
     if skew_s > SKEW_S:
         text = f"its clock is {skew_s:.0f} s off: logs will not line up"
         return Finding("yellow", name, text), interfaces
-    return Finding("green", name, f"{room} {what} for {slots} slots"), interfaces
+    return Finding("green", name, f"{there} {what} for {slots} slots"), interfaces

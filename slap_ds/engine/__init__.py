@@ -3,7 +3,7 @@
     score(rows)  -> Scores          no graph, no dropout, the current weights
     train(rows)  -> TrainStats      forward and backward per row, one optimizer step
 
-This is the only room that imports deepspeed.
+This is the only package that imports deepspeed.
 """
 
 from __future__ import annotations

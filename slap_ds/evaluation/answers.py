@@ -84,8 +84,8 @@ def batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> l
     found: list[list[int]] = []
     for position in sorted(range(len(lengths)), key=lambda p: (lengths[p], p)):
         # Sorted by length, so the newest prompt sets the batch's width.
-        room = lengths[position] + max_new_tokens
-        if not found or (len(found[-1]) + 1) * room > batch_tokens:
+        width = lengths[position] + max_new_tokens
+        if not found or (len(found[-1]) + 1) * width > batch_tokens:
             found.append([])
         found[-1].append(position)
     return found

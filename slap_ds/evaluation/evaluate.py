@@ -228,8 +228,8 @@ def _questions(
         messages = origin.conversation.messages
         last = max(i for i, message in enumerate(messages) if message.role == "assistant")
         prompt = template.encode_prompt(messages[:last], origin.conversation.tools, messages[last])
-        room = data.max_tokens if positions is None else positions - how.max_new_tokens
-        if len(prompt) > min(room, data.max_tokens):
+        longest = data.max_tokens if positions is None else positions - how.max_new_tokens
+        if len(prompt) > min(longest, data.max_tokens):
             too_long += 1
             continue
         references = (

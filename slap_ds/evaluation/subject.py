@@ -105,9 +105,9 @@ def whole_folder(target: Path, out: Path | None) -> Iterator[Path]:
         yield target
         return
     # Beside the results, not in /tmp, which may not have room for a model.
-    room = out or target
-    room.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=room, prefix=".model-") as name:
+    parent = out or target
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".model-") as name:
         if is_run(target):
             lora = read_config(str(target / "config.yaml")).model.lora
             export(target, Path(name), merge=lora is not None)

@@ -27,7 +27,7 @@ def farthest_point(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor
     n = points.shape[0]
     strata = torch.zeros(n, dtype=torch.int64) if plan.strata is None else plan.strata
     groups = torch.zeros(n, dtype=torch.int64) if plan.groups is None else plan.groups
-    room = [n] if plan.quotas is None else plan.quotas.tolist()
+    remaining = [n] if plan.quotas is None else plan.quotas.tolist()
     left, m = plan.budgets.tolist(), plan.picks
 
     squared = torch.full((n,), float("inf"))
@@ -36,7 +36,7 @@ def farthest_point(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor
     at: list[float] = []
     stratum = 0
     while len(picks) < m:
-        is_open = unpicked & (strata == stratum) & (torch.tensor(room) > 0)[groups]
+        is_open = unpicked & (strata == stratum) & (torch.tensor(remaining) > 0)[groups]
         ranked = is_open.nonzero().flatten()
         if left[stratum] == 0 or ranked.numel() == 0:
             spare, left[stratum] = left[stratum], 0
@@ -48,7 +48,7 @@ def farthest_point(features: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor
         if not picks:
             pool, beyond = torch.tensor([plan.first]), ranked[:1]
         new, new_at = _greedy(
-            points, squared, pool.sort().values, beyond, groups, room, left[stratum]
+            points, squared, pool.sort().values, beyond, groups, remaining, left[stratum]
         )
         picks += new
         at += new_at
@@ -66,7 +66,7 @@ def _greedy(
     pool: Tensor,  # ascending, so that the first maximum is the one with the lowest index
     beyond: Tensor,  # the best point outside the pool, or none
     groups: Tensor,
-    room: list[int],  # lowered here, a group's picks left
+    remaining: list[int],  # lowered here, a group's picks left
     most: int,
 ) -> tuple[list[int], list[float]]:
     """The greedy selection inside a pool, until it is beaten from outside or a group is full."""
@@ -84,8 +84,8 @@ def _greedy(
         new_at.append(float(current[best]))
         pair[:, best] = -1.0  # picked: below every distance, now and after every further minimum
         current = current.clip(max=pair[best])
-        room[group[best]] -= 1
-        if room[group[best]] == 0:
+        remaining[group[best]] -= 1
+        if remaining[group[best]] == 0:
             break
     return new, new_at
 

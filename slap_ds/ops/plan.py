@@ -141,10 +141,10 @@ def _check_quotas(groups: Tensor, quotas: Tensor, m: int, first: int) -> None:
     if quotas.numel() == 0 or int(quotas.min()) < 0:
         raise ValueError(f"quotas: found {quotas.tolist()}, expected (G,) values >= 0 with G >= 1.")
     _check_range(groups, "groups", quotas.numel(), "quotas")
-    room = int(torch.minimum(quotas, torch.bincount(groups, minlength=quotas.numel())).sum())
-    if m > room:
+    limit = int(torch.minimum(quotas, torch.bincount(groups, minlength=quotas.numel())).sum())
+    if m > limit:
         raise ValueError(
-            f"quotas: the groups can give {room} picks together, expected at least {m}, the sum of "
+            f"quotas: the groups give at most {limit} picks, expected at least {m}, the sum of "
             "the budgets; raise the quotas or lower the budgets."
         )
     if int(quotas[groups[first]]) == 0:

@@ -48,14 +48,14 @@ def farthest_point(
 ) -> tuple[list[int], list[float], list[float]]:
     """Picks, the squared distance at which each was picked, each point's final distance."""
     n, m, left, k = len(features), sum(budgets), list(budgets), 0
-    strata, groups, room = strata or [0] * n, groups or [0] * n, list(quotas or [n])
+    strata, groups, remaining = strata or [0] * n, groups or [0] * n, list(quotas or [n])
     pair = squared_distances(features, features).tolist()
     squared = [float("inf")] * n
     picks: list[int] = []
     at: list[float] = []
     while len(picks) < m:
         taken = set(picks)
-        is_open = [strata[i] == k and i not in taken and room[groups[i]] > 0 for i in range(n)]
+        is_open = [strata[i] == k and i not in taken and remaining[groups[i]] > 0 for i in range(n)]
         if left[k] == 0 or not any(is_open):  # what a stratum cannot fill, the next one may
             after = (k + 1) % len(left)
             spare, left[k] = left[k], 0
@@ -67,7 +67,7 @@ def farthest_point(
         picks.append(pick)
         at.append(squared[pick])
         left[k] -= 1
-        room[groups[pick]] -= 1
+        remaining[groups[pick]] -= 1
         reached = [across_strata or strata[i] == k for i in range(n)]
         squared = [min(squared[i], pair[pick][i]) if reached[i] else squared[i] for i in range(n)]
     return picks, at, torch.tensor(squared).sqrt().tolist()

@@ -189,9 +189,9 @@ def wrong_answers(
             variance += len(ours) ** 2 * p * (1 - p) / len(part) / uniform**2
     if not told:
         return Wrong(at_most, 0.0, 0.0, 0.0)
-    room = told - h
-    share = float(np.clip((t - h) / room, 0, 1))
-    return Wrong(at_most, told / rows, share, math.sqrt(variance) / room)
+    excess = told - h
+    share = float(np.clip((t - h) / excess, 0, 1))
+    return Wrong(at_most, told / rows, share, math.sqrt(variance) / excess)
 
 
 def size_gain(response: Ints, lengths: Ints, keep: float, least: float) -> float:

@@ -227,7 +227,7 @@ def test_weighted_picks_weigh_in_the_loss_and_gradients():
         model.zero_grad()
         loss = model(make_row(samples), "train")
         loss.backward()
-        return float(loss), torch.cat([p.grad.flatten() for p in model.parameters()])
+        return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     once = [Candidate(0, a, yes[:7], 2.0), Candidate(1, b, yes[:5])]
     twice = [Candidate(0, a, yes[:7]), Candidate(1, b, yes[:5]), Candidate(2, a, yes[:7])]

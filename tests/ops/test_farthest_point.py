@@ -88,11 +88,11 @@ def make_request(
     }
     if quotas:
         groups = integers(3, n)
-        room = (torch.bincount(groups, minlength=3) * 2 + 2) // 3
-        room[groups[first]] += 1
-        while int(torch.minimum(room, torch.bincount(groups, minlength=3)).sum()) < budgets.sum():
-            room += 1
-        request |= {"groups": groups, "quotas": room}
+        limit = (torch.bincount(groups, minlength=3) * 2 + 2) // 3
+        limit[groups[first]] += 1
+        while int(torch.minimum(limit, torch.bincount(groups, minlength=3)).sum()) < budgets.sum():
+            limit += 1
+        request |= {"groups": groups, "quotas": limit}
     return request
 
 

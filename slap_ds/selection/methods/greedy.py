@@ -16,10 +16,10 @@ class Open:
         self.groups: list[int] | None = None
         if batch.groups is not None and batch.quotas is not None:
             groups, quotas = batch.groups.cpu(), batch.quotas.cpu()
-            room = int(torch.minimum(quotas, torch.bincount(groups, minlength=len(quotas))).sum())
-            if budget > room:
-                raise ValueError(f"quotas leave room for {room} picks, the budget is {budget}")
-            self.groups, self.room = groups.tolist(), quotas.tolist()
+            limit = int(torch.minimum(quotas, torch.bincount(groups, minlength=len(quotas))).sum())
+            if budget > limit:
+                raise ValueError(f"quotas leave room for {limit} picks, the budget is {budget}")
+            self.groups, self.remaining = groups.tolist(), quotas.tolist()
             self.mask &= quotas[groups] > 0
 
     def take(self, index: int) -> None:
@@ -28,8 +28,8 @@ class Open:
         self.mask[index] = False
         if self.groups is not None:
             group = self.groups[index]
-            self.room[group] -= 1
-            if self.room[group] == 0:
+            self.remaining[group] -= 1
+            if self.remaining[group] == 0:
                 self.mask &= torch.tensor(self.groups) != group
 
     def take_first(self, order: torch.Tensor | list[int], count: int) -> list[int]:
