@@ -4,17 +4,20 @@
 
 All cases run in one process group on one engine, in turn, on the same candidate batches; a case's
 ratio is taken within each round, and the median over rounds is reported. The steps are the
-trainer's own steps.
+trainer's own, of the method `slap`. With --boundaries device host reuse is run both ways.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import statistics
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +36,23 @@ PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimi
 ROOT = Path(__file__).parents[1]
 
 
-def main() -> None:
-    options = arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     config = base_config(options)
     base = prepare(config)
     cases = {"full": case(base, "reuse", 0.0)}
     for pruning in options.pruning:
-        for forward in ("separate", "reuse"):
-            cases[f"{forward} {pruning:g}"] = case(base, forward, pruning)
+        cases[f"separate {pruning:g}"] = case(base, "separate", pruning)
+        for boundaries in options.boundaries:
+            named = "reuse" if boundaries == options.boundaries[0] else f"reuse-{boundaries}"
+            cases[f"{named} {pruning:g}"] = case(base, "reuse", pruning, boundaries)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     for number in range(options.warmup + options.rounds):
         batch = CandidateBatch(base.inputs.train, next(base.stream))
         for name, run in cases.items():
             base.comm.barrier(number, name)
             cpu = time.process_time()
-            record = train_step(run, number, batch).metrics
+            record = one_step(run, number, batch)
             # Wall time is what counts; CPU time tells it apart from a busy machine's.
             (record["cpu_s"],) = base.comm.sum(number, "cpu seconds", [time.process_time() - cpu])
             if number >= options.warmup:
@@ -65,7 +70,7 @@ def main() -> None:
     stop_ranks(base.comm)
 
 
-def arguments() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--local_rank", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=512)
@@ -76,7 +81,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--row-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--pruning", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6])
-    parser.add_argument("--boundaries", choices=["device", "host"], default="device")
+    parser.add_argument("--boundaries", nargs="+", choices=["device", "host"], default=["device"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -90,7 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--template", default="auto")
     parser.add_argument("--deepspeed", help="DeepSpeed JSON (default: the package's ZeRO-3)")
     parser.add_argument("--json")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def base_config(options: argparse.Namespace) -> Config:
@@ -126,7 +131,8 @@ def base_config(options: argparse.Namespace) -> Config:
                 "micro_batch_tokens": options.row_tokens,
             },
             "engine": {"deepspeed": options.deepspeed},
-            "step": {"boundaries": options.boundaries},
+            "selection": {"method": "slap"},
+            "step": {"boundaries": options.boundaries[0]},
             # Steps of this benchmark are not meant to learn: weights stay near their start.
             "optimizer": {"lr": 1e-6},
         }
@@ -148,15 +154,45 @@ def synthetic(options: argparse.Namespace) -> str:
     return str(path)
 
 
-def case(base: Run, forward: str, pruning: float) -> Run:
+def case(base: Run, forward: str, pruning: float, boundaries: str = "device") -> Run:
     """The same engine and data under another selection."""
+    step = {"forward": forward, "boundaries": boundaries}
     config = base.config.model_copy(
         update={
-            "step": base.config.step.model_copy(update={"forward": forward}),
+            "step": base.config.step.model_copy(update=step),
             "selection": base.config.selection.model_copy(update={"keep": 1 - pruning}),
         }
     )
     return Run(config, base.comm, base.inputs, base.engine, base.stream, base.scorer, base.selector)
+
+
+def one_step(run: Run, number: int, batch: CandidateBatch) -> dict[str, Any]:
+    """A step's metrics, and on a GPU `syncs`: how often the host waited for it inside."""
+    config, inputs = run.config, run.engine.model.block_inputs
+    assert inputs is not None
+    inputs.on_host = config.step.boundaries == "host"
+    with syncs(run.engine.device) as seen:
+        record = train_step(run, number, batch).metrics
+    pruned = config.selection.keep < 1
+    assert record["forward"] == (config.step.forward if pruned else "train"), record["forward"]
+    return record | {"syncs": len(seen)}
+
+
+@contextlib.contextmanager
+def syncs(device: torch.device) -> Iterator[list[Any]]:
+    """Inside, a list of the operations that made the host wait for a GPU, as torch warns of them;
+    not of `synchronize`, and not of waits outside torch."""
+    if device.type != "cuda":
+        yield []
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", "called a synchronizing CUDA operation")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield caught
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def count_gathers(base: Run, cases: dict[str, Run]) -> dict[str, dict[str, float]]:
@@ -205,7 +241,7 @@ def profile_flops(base: Run) -> dict[str, float]:
 def summary(
     rounds: dict[str, list[dict[str, Any]]], base: Run, options: argparse.Namespace
 ) -> dict[str, Any]:
-    ratios: dict[str, dict[str, float]] = {"reuse": {}, "separate": {}}
+    ratios: dict[str, dict[str, float]] = {}
     cases = []
     for name, records in rounds.items():
 
@@ -235,11 +271,12 @@ def summary(
             "boundary_bytes": median("boundary_bytes"),
             "bytes_sent": median("bytes_sent"),
             "peak_gib": median("peak_gib"),
+            "syncs": median("syncs"),
         }
         cases.append(entry)
         if name != "full":
             forward, pruning = name.split()
-            ratios[forward][pruning] = entry["ratio_to_full"]
+            ratios.setdefault(forward, {})[pruning] = entry["ratio_to_full"]
     pruned = [c["selection_share"] for c in cases if c["case"].startswith("reuse")]
     return {
         "ratio_to_full": ratios,

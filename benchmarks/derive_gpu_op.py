@@ -1,12 +1,12 @@
 """What the farthest-point kernels should take on an H100, from what can be counted without one.
 
-    python benchmarks/derive_gpu_op.py --n 16384 --d 512 [--cuobjdump FILE] [--json FILE]
+    python benchmarks/derive_gpu_op.py --n 16384 --d 512 [--json FILE]
 
 The kernels' rounds and bounds are followed over N normal points, counting rounds and pairs; nvcc
-compiles for sm_90 and cuobjdump (of the CUDA toolkit, or of the
-package nvidia-cuda-cuobjdump) shows the instructions of the inner loops. The rates and latencies
-below are assumptions, each from a vendor's figure or a published measurement; nothing here was
-measured on a GPU.
+compiles for sm_90 and cuobjdump shows the instructions of the inner loops; it calls nvdisasm, and
+both must be on PATH (of the CUDA toolkit, or the packages nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm). The rates and latencies below are assumptions, each from a vendor's figure or
+a published measurement; nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _choose(x: Tensor, squared: Tensor, left: int) -> Tensor:
     return pool[chosen]
 
 
-def count_instructions(cuobjdump: str) -> dict[str, dict[str, int]]:
+def count_instructions() -> dict[str, dict[str, int]]:
     """Of the loop with the most arithmetic in each kernel, on sm_90: instructions by name."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "op.cubin"
@@ -119,7 +119,7 @@ def count_instructions(cuobjdump: str) -> dict[str, dict[str, int]]:
         source = ROOT / "csrc" / "cuda" / "farthest_point.cu"
         BUILD["run"]([BUILD["find_nvcc"](), *flags, str(source), "-o", str(cubin)])
         listing = subprocess.run(
-            [cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True
+            ["cuobjdump", "-sass", cubin], stdout=subprocess.PIPE, text=True, check=True
         ).stdout
     found = {}
     for part in listing.split("Function : ")[1:]:
@@ -188,12 +188,13 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16384)
     parser.add_argument("--d", type=int, default=512)
     parser.add_argument("--keep", type=float, default=0.7)
-    parser.add_argument("--cuobjdump", default=shutil.which("cuobjdump"), help="path of cuobjdump")
     parser.add_argument("--json", type=Path, help="write counts and derivation here")
     options = parser.parse_args()
-    if options.cuobjdump is None or BUILD["find_nvcc"]() is None:
-        parser.error("cuobjdump and nvcc are needed; pass --cuobjdump and set CUDA_HOME")
-    loops = count_instructions(options.cuobjdump)
+    lacking = [tool for tool in ("cuobjdump", "nvdisasm") if shutil.which(tool) is None]
+    lacking += [] if BUILD["find_nvcc"]() else ["nvcc"]
+    if lacking:
+        parser.error(f"{', '.join(lacking)} not found on PATH: of the CUDA toolkit, or by pip")
+    loops = count_instructions()
     points = torch.randn(options.n, options.d, generator=torch.Generator().manual_seed(0))
     counts = count_rounds(points, int(options.keep * options.n))
     without = dict(counts, exact_rounds=counts["rounds"], exact_pairs=counts["pairs"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from slap_ds.bench.environment import describe
 from slap_ds.timing import peak_gib, start_peak
 
 
@@ -53,3 +56,10 @@ def test_tests_of_the_cpu_see_no_gpu() -> None:
     assert asks_for_gpu("gpu")
     assert asks_for_gpu("gpu and not multigpu or slow")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_results_are_described_on_a_machine_without_git(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe(torch.device("cpu"))["commit"] == "unknown"

@@ -10,6 +10,7 @@
 #define SLAP_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #define SLAP_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define SLAP_COUNTED(value) (value)  // the emulation counts what such a load touches
 #else
 #include "../tests/cuda_emulation.h"
 #endif

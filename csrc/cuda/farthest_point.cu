@@ -181,8 +181,9 @@ bool Prepare(const SlapFpsProblem& p, const Parts& parts, cudaStream_t stream) {
 
 #ifdef SLAP_CUDA_EMULATION
 // Over all calls: rounds; rounds that Shrink did; pairs of all rounds; pairs that Shrink did; pairs
-// that the filter saw, and those it could not rule out.
-int64_t counts[6] = {};
+// that the filter saw, and those it could not rule out; loads of FindPool's lanes, and the sectors
+// of memory that its warps touched for them.
+int64_t counts[8] = {};
 
 void CountRound(const Arguments& a) {
   const State& s = *a.state;
@@ -191,6 +192,8 @@ void CountRound(const Arguments& a) {
   const bool exact = s.exact != 0 || TooManyClose(a);
   const int64_t more[6] = {1, exact, pairs, exact ? pairs : 0, s.exact ? 0 : pairs, s.close};
   for (int i = 0; i < 6; ++i) counts[i] += more[i];
+  counts[6] = emulation::loads;
+  counts[7] = emulation::sectors;
 }
 #define SLAP_COUNT(a) CountRound(a)
 #else

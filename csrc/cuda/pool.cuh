@@ -38,8 +38,9 @@ __device__ int ExclusiveScan(int value, int* total) {
 // The key bits of an open point + 1, else 0.
 __device__ unsigned OpenBits(const Arguments& a, int p, int high) {
   if (p >= high) return 0;
-  const int i = a.order[p];
-  return IsOpen(a, i) ? __float_as_uint(a.squared[i]) + 1 : 0;
+  const int i = SLAP_COUNTED(a.order[p]);
+  const float squared = SLAP_COUNTED(a.squared[i]);
+  return IsOpen(a, i) ? __float_as_uint(squared) + 1 : 0;
 }
 
 constexpr int kCached = 16;  // points of a thread kept in registers: up to 16,384 in a stratum

@@ -10,12 +10,14 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <set>
 #include <vector>
 
 #define __global__
@@ -70,6 +72,20 @@ inline const std::function<void()>* body = nullptr;
 inline std::vector<float4> dynamic_shared;
 inline dim3 thread_index, block_index, block_size, grid_size;
 
+// Loads of 4 bytes, by lanes; and the sectors of 32 bytes that all lanes of a warp touch at once: an
+// eighth of the loads where the lanes read one after another, as many where each is far from all.
+inline int64_t loads = 0, sectors = 0;
+inline std::vector<int> loads_of(1024);            // each thread's, in this block
+inline std::set<std::array<uintptr_t, 3>> touched;  // warp, its how-manieth load, sector
+
+template <typename T>
+const T& Counted(const T& value) {
+  ++loads;
+  const auto number = static_cast<uintptr_t>(loads_of[current]++);
+  sectors += touched.insert({current / 32, number, reinterpret_cast<uintptr_t>(&value) / 32}).second;
+  return value;
+}
+
 inline void Enter() {
   (*body)();
   fibers[current].finished = true;
@@ -115,6 +131,8 @@ inline void Barrier(size_t begin, size_t end) {
 inline void RunBlock(const std::function<void()>& kernel) {
   const size_t threads = block_size.x;
   body = &kernel;
+  touched.clear();
+  loads_of.assign(loads_of.size(), 0);
   for (size_t i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
@@ -207,6 +225,7 @@ inline void MultiplyAdd(float (&acc)[4], const unsigned (&a)[4], const unsigned 
 #define blockIdx emulation::block_index
 #define blockDim emulation::block_size
 #define gridDim emulation::grid_size
+#define SLAP_COUNTED(value) emulation::Counted(value)
 #define SLAP_DYNAMIC_SHARED(type, name) type* name = emulation::dynamic_shared.data()
 #define SLAP_LAUNCH(kernel, grid, block, shared, stream, ...) \
   emulation::Launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })

@@ -55,7 +55,7 @@ class ModelConfig(Section):
     """Dtype the model computes in; the optimizer keeps float32 master weights."""
     attention: str = "packed"
     """packed: each sample of a row by itself; or an attention implementation of transformers:
-    sdpa, eager, flex_attention, flash_attention_2."""
+    sdpa, eager, flex_attention, flash_attention_2, _3 or _4 (their packages installed)."""
     kernels: Literal["torch", "liger"] = "torch"
     """liger: Liger's RMSNorm, SwiGLU and rotary embedding in the model's layers, on a GPU;
     needs `pip install 'slap_ds[liger]'`."""

@@ -230,7 +230,8 @@ def _code(phase: str) -> int:
 
 
 def _in_order(step: int, shares: Sequence[Scores], candidates: int) -> Scores:
-    """The whole batch in candidate order; the sketches, which are large, are copied once."""
+    """The whole batch in candidate order; the sketches, which are large, are copied once, and not
+    at all where one share has them so already."""
     positions = torch.cat([share.positions for share in shares]).cpu()
     if not torch.equal(positions.sort().values, torch.arange(candidates)):
         raise RankDisagreement(
@@ -238,12 +239,13 @@ def _in_order(step: int, shares: Sequence[Scores], candidates: int) -> Scores:
             f"({[len(share.positions) for share in shares]} by rank), not each of the "
             f"{candidates} once"
         )
+    alone = len(shares) == 1 and torch.equal(positions, torch.arange(candidates))
 
     def placed(field: str, dtype: torch.dtype | None = None) -> Any:
         """(N, ...): each share's rows at their positions."""
         parts = [getattr(share, field) for share in shares]
-        if parts[0] is None:
-            return None
+        if parts[0] is None or alone:
+            return parts[0] if dtype is None or parts[0] is None else parts[0].to(dtype)
         whole = parts[0].new_empty((candidates, *parts[0].shape[1:]), dtype=dtype)
         for share, part in zip(shares, parts, strict=True):
             whole[to_device(share.positions, part.device)] = part.to(dtype or part.dtype)

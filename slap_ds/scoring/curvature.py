@@ -61,13 +61,13 @@ class Curvature:
         """`D^-power`, (E,) float64; None before the first update."""
         return None if self.average is None else self.value().pow(-self.power)
 
-    def precondition(self, gradient: Tensor) -> Tensor:
-        """`gradient / D^power`: (N, E) -> (N, E), same dtype and device."""
+    def precondition_(self, gradient: Tensor) -> Tensor:
+        """`gradient / D^power`, (N, E), in place: returns `gradient`."""
         scale = self.scale()
         return (
             gradient
             if scale is None
-            else gradient * to_device(scale, gradient.device, gradient.dtype)
+            else gradient.mul_(to_device(scale, gradient.device, gradient.dtype))
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -43,25 +43,41 @@ class Scores:
 def collect(
     positions: Sequence[Tensor], parts: Sequence[HeadScores], request: ScoreRequest
 ) -> Scores:
-    """One rank's rows, scored one by one, as its share of the batch."""
+    """One rank's rows, scored one by one, as its share of the batch, in candidate order."""
+    where = torch.cat(list(positions))
+    order = where.argsort()
     gradients = [part.gradient for part in parts if part.gradient is not None]
     diagonals = [part.diagonal for part in parts if part.diagonal is not None]
     counts = [part.diagonal_tokens for part in parts if part.diagonal_tokens is not None]
     extras = [part.extras for part in parts if part.extras is not None]
-    gradient = torch.cat(gradients) if gradients else None
+    gradient = _placed(gradients, order) if gradients else None
     if gradient is not None and request.sketch_dim is not None:
         gradient = project(gradient, request)
     if gradient is not None and request.bfloat16:
         gradient = gradient.bfloat16()
+
+    def ordered(values: list[Tensor]) -> Tensor:
+        return torch.cat(values)[to_device(order, values[0].device)]
+
     return Scores(
-        positions=torch.cat(list(positions)),
-        loss=torch.cat([part.loss for part in parts]),
-        tokens=torch.cat([part.tokens for part in parts]),
+        positions=where[order],
+        loss=ordered([part.loss for part in parts]),
+        tokens=ordered([part.tokens for part in parts]),
         gradient=gradient,
         diagonal=torch.stack(diagonals).sum(0) if diagonals else None,
         diagonal_tokens=int(torch.stack(counts).sum()) if counts else 0,
-        extras=torch.cat(extras) if extras else None,
+        extras=ordered(extras) if extras else None,
     )
+
+
+def _placed(parts: list[Tensor], order: Tensor) -> Tensor:
+    """`torch.cat(parts)[order]` without holding that twice: sketches are large."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    whole = parts[0].new_empty(len(order), *parts[0].shape[1:])
+    for part, at in zip(parts, place.split([len(part) for part in parts]), strict=True):
+        whole[to_device(at, part.device)] = part
+    return whole
 
 
 def project(gradient: Tensor, request: ScoreRequest) -> Tensor:
@@ -143,12 +159,12 @@ class Scorer:
         """(n, D) float32 from sums of any n candidates, with the curvature as `finish` left it."""
         if scores.gradient is None:
             return None
-        sketch = scores.gradient.float() / scores.tokens[:, None]
+        sketch = scores.gradient.float() / scores.tokens[:, None]  # the only copy
         if self.curvature is not None and not self.plan.projects:
-            sketch = self.curvature.precondition(sketch)
+            sketch = self.curvature.precondition_(sketch)
         if self.plan.config.sketch_norm == "unit":
             norm = torch.linalg.vector_norm(sketch, dim=1, keepdim=True)
-            sketch = sketch / norm.clamp(min=torch.finfo(torch.float32).tiny)
+            sketch.div_(norm.clamp(min=torch.finfo(torch.float32).tiny))
         return sketch
 
     def state_dict(self) -> dict[str, Any]:

@@ -39,8 +39,8 @@ def check_isolation(engine: Engine, model_config: Any, attention: str) -> None:
     ids = np.arange(1, 19) * 7919 % vocab  # a prime, so that they differ
     trained = np.ones(len(ids), dtype=bool)
     rows = [
-        make_row([Candidate(0, first, trained[:6]), Candidate(1, ids[6:], trained[6:])])
-        for first in (ids[:6], ids[5::-1])
+        make_row([Candidate(at, first, trained[:6]), Candidate(at + 1, ids[6:], trained[6:])])
+        for at, first in ((0, ids[:6]), (2, ids[5::-1]))
     ]
     loss = engine.score(rows, ScoreRequest()).loss
     if abs(float(loss[3] - loss[1])) > 1e-6 * float(loss[1]):

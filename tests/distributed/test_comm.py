@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from torch import is_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from slap_ds.config.schema import ScoringConfig
 from slap_ds.data.packing import deal
 from slap_ds.distributed.comm import Comm, RankDisagreement
-from slap_ds.scoring import Scores
+from slap_ds.scoring import HeadScores, Scorer, Scores, ScoringPlan, collect
 from slap_ds.selection import Selection
 from tests.ranks import run_ranks
 
@@ -52,6 +56,51 @@ def test_gather_is_exact_and_in_order(world, uneven):
         assert torch.equal(got.tokens, whole.tokens)
         assert torch.equal(got.gradient, whole.gradient)
         assert got.diagonal.tolist() == [world * (world + 1) / 2] * E
+
+
+class LargeCopies(TorchDispatchMode):
+    """Counts new storages of at least `size` bytes, by the operator that made them."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.seen = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {
+            x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_tensor(x)
+        }
+        for made in filter(is_tensor, tree_leaves(out)):
+            storage = made.untyped_storage()
+            if storage.nbytes() >= self.size and storage.data_ptr() not in given:
+                self.seen.append(str(func))
+        return out
+
+
+def test_one_rank_holds_the_sketches_once_and_what_is_made_of_them_once():
+    """512 candidates in rows of other orders; 512 * 64 numbers are copied where they are put in
+    order, not by the gather, and once more where sums become sketches."""
+    n, d = 512, 64
+    g = torch.Generator().manual_seed(1)
+    order = torch.randperm(n, generator=g)
+    whole = torch.randn(n, d, generator=g)
+    rows = order.split([100, 0, 212, 200])
+    ones, count = torch.ones(d), torch.tensor(9)
+    parts = [
+        HeadScores(torch.rand(len(row)), torch.full((len(row),), 3), whole[row], ones, count)
+        for row in rows
+    ]
+    config = ScoringConfig(sketch_dim=None, sketch_norm="unit")
+    scorer = Scorer(ScoringPlan(config, frozenset({"loss", "sketch"})))
+    with LargeCopies(n * d * 4) as copies:
+        share = collect(list(rows), parts, scorer.request(0))
+        assert len(copies.seen) == 1, copies.seen
+        gathered = Comm().gather(0, share, n)
+        assert len(copies.seen) == 1, copies.seen
+        scored = scorer.finish(gathered, torch.arange(n))
+        assert len(copies.seen) == 2, copies.seen
+    assert torch.equal(gathered.gradient, whole)
+    assert scored.sketch.shape == (n, d)
 
 
 def picks_work():

@@ -10,17 +10,18 @@ without compiled operators), what else slap_ds and its tests import, and the lib
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-DEEPSPEED = "deepspeed==0.19.8"
 # What slap_ds and DeepSpeed import beside torch, transformers and numpy; then what the tests do.
-NAMES = ["hjson", "pydantic", "annotated-types", "typing-inspection", "typing-extensions"]
-NAMES += ["msgpack", "py-cpuinfo", "psutil", "einops", "ninja", "gguf==0.19.0", "accelerate"]
-NAMES += ["pytest", "pluggy", "iniconfig", "hypothesis", "sortedcontainers"]
+NAMES = ["hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection"]
+NAMES += ["typing-extensions", "msgpack", "py-cpuinfo", "psutil", "einops", "ninja", "accelerate"]
+NAMES += ["pytest", "pytest-timeout", "pluggy", "iniconfig", "hypothesis", "sortedcontainers"]
 PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"]
 LIMIT_MIB = 10.0  # without the model
 
@@ -34,19 +35,15 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pip = [sys.executable, "-m", "pip"]
+    known = locked()
     # Beside this environment's torch, and without operators: a wheel of any Python and machine.
-    build = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), DEEPSPEED]
-    subprocess.run([*pip, *build], check=True, env=environment())
+    build = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    environ = {**os.environ, "DS_BUILD_OPS": "0"}
+    subprocess.run([*pip, *build, known["deepspeed"]], check=True, env=environ)
     target = ["--python-version", "3.12", "--implementation", "cp"]
     target += [word for name in PLATFORMS for word in ("--platform", name)]
     fetch = [*pip, "download", "-q", "--no-deps", "--only-binary=:all:", *target, "-d", str(folder)]
-    subprocess.run([*fetch, *NAMES], check=True)
-    (core,) = [
-        line.split(";")[0].strip()
-        for line in requires_of(next(folder.glob("pydantic-*.whl")))
-        if line.startswith("pydantic-core")
-    ]
-    subprocess.run([*fetch, core], check=True)
+    subprocess.run([*fetch, "gguf==0.19.0", *(known[name] for name in NAMES)], check=True)
     subprocess.run([sys.executable, "csrc/build.py", "--to", str(folder)], cwd=ROOT, check=True)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     if options.model:
@@ -58,20 +55,10 @@ def main() -> None:
         sys.exit("the pack is too large: see what has grown")
 
 
-def environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "DS_BUILD_OPS": "0"}
-
-
-def requires_of(wheel: Path) -> list[str]:
-    """Requires-Dist of a wheel that is not installed."""
-    import zipfile
-    from email.parser import Parser
-
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
-        return Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist") or []
+def locked() -> dict[str, str]:
+    """Name -> `name==version`: those of the lock, of its newest Pythons where they differ."""
+    text = "".join((ROOT / "requirements" / f"{name}.txt").read_text() for name in ("run", "test"))
+    return {line.split("==")[0]: line for line in re.findall(r"^[\w.-]+==[\w.]+", text, re.M)}
 
 
 def pack_model(source: Path, target: Path) -> None:

@@ -67,24 +67,25 @@ def op(results: Results) -> str:
 
 def step(results: Results) -> str:
     """A training step against full training."""
-    facts = _facts(results, "step")
     body = []
-    for boundaries in ("device", "host"):
-        for case in facts[boundaries]["cases"]:
-            forward, _, pruned = case["case"].partition(" ")
-            body.append(
-                [
-                    case["case"],
-                    boundaries,
-                    f"{case['ratio_to_full']:.3f}",
-                    f"{THEORY.get(forward, {}).get(pruned, 1.0):.2f}",
-                    f"{case['tokens_per_s']:,.0f}",
-                    f"{case['peak_gib']:.1f}",
-                    f"{100 * case['selection_share']:.2f} %",
-                ]
-            )
-    head = ["case", "block inputs", "of full training", "theory", "tokens/s", "peak GiB"]
-    return _table([*head, "selection"], body)
+    peak = results.get("rates", {}).get("facts", {}).get("bf16_tflop_s")
+    for case in _facts(results, "step")["result"]["cases"]:
+        forward, _, pruned = case["case"].partition(" ")
+        rate = case["flops"] / case["step_s"] / 1e12
+        body.append(
+            [
+                case["case"],
+                f"{case['ratio_to_full']:.3f}",
+                f"{THEORY.get(forward.partition('-')[0], {}).get(pruned, 1.0):.2f}",
+                f"{case['tokens_per_s']:,.0f}",
+                f"{rate:.3g}" + (f" ({rate / peak:.0%})" if peak else ""),
+                f"{case['peak_gib']:.1f}",
+                f"{case['syncs']:.0f}",
+                f"{100 * case['selection_share']:.2f} %",
+            ]
+        )
+    head = ["case", "of full training", "theory", "tokens/s", "TFLOP/s (of a matrix product's)"]
+    return _table([*head, "peak GiB", "syncs", "selection"], body)
 
 
 def model(results: Results) -> str:

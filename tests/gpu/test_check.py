@@ -36,7 +36,9 @@ def test_every_part_runs_and_says_what_it_found(results: Path) -> None:
     assert found["sanitizer"]["facts"]["alone"] == "ok"
     assert 0 < found["attention"]["facts"]["gqa"] < 1e-2
     assert found["parity"]["facts"]["plain_float32"] == 0  # bit for bit on a CPU
-    assert found["step"]["facts"]["device_reuse_0.4"] > 0
+    steps = {case["case"]: case for case in found["step"]["facts"]["result"]["cases"]}
+    assert steps["reuse 0.4"]["flops"] < steps["separate 0.4"]["flops"] < steps["full"]["flops"]
+    assert steps["reuse-host 0.4"]["boundary_bytes"] == steps["reuse 0.4"]["boundary_bytes"] > 0
     assert found["smollm2"]["facts"]["slap_after"] < found["smollm2"]["facts"]["slap_before"]
 
 
@@ -47,7 +49,8 @@ def test_the_tables_go_where_they_are_marked(results: Path) -> None:
     assert "old" not in filled
     assert filled.startswith("before\n<!-- gpu:op -->\ndevice cpu; torch ")
     assert "| 600×64 | 1 |" in filled
-    assert "| reuse 0.4 | host |" in filled
+    assert "\n| reuse 0.4 | " in filled
+    assert "\n| reuse-host 0.4 | " in filled
     assert report.put(filled, report.read(results)) == filled
 
 

@@ -2,12 +2,16 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
+from slap_ds.data.packing import Candidate, make_row
+from slap_ds.engine import TorchEngine
 from slap_ds.models.kernels import use_liger
 from slap_ds.models.load import load_config, load_model
-from tests.recipes import tiny_model
+from slap_ds.scoring import ScoreRequest
+from tests.recipes import tiny_config, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +41,32 @@ def test_liger_errs_no_more_than_bfloat16_itself(tmp_path):
     use_liger(fused)
     for found, naive, truth in zip(outputs(fused, ids), plain, exact, strict=True):
         assert (found - truth).norm() <= 1.5 * (naive - truth).norm()
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_flash_attention_keeps_samples_apart_and_errs_no_more_than_packed(tmp_path, number):
+    """Losses of three samples in one row, against float32."""
+    path = tiny_model(tmp_path / "model", hidden_size=256, intermediate_size=512)
+
+    def losses(dtype, attention):
+        config = tiny_config(
+            path,
+            tmp_path / f"{dtype}-{attention}",
+            engine={"kind": "torch"},
+            model={"dtype": dtype, "attention": attention},
+        )
+        engine = TorchEngine(config, load_config(path, None))
+        ids, trained = np.arange(3, 203), np.ones(200, dtype=bool)
+        cuts = [slice(0, 7), slice(7, 90), slice(90, 200)]
+        row = make_row([Candidate(i, ids[c], trained[c]) for i, c in enumerate(cuts)])
+        return engine.score([row], ScoreRequest()).loss
+
+    try:
+        found = losses("bfloat16", f"flash_attention_{number}")
+    except ValueError as error:
+        pytest.skip(str(error))
+    exact, packed = losses("float32", "packed"), losses("bfloat16", "packed")
+    assert (found - exact).norm() <= 1.5 * (packed - exact).norm()
 
 
 @pytest.mark.slow  # DeepSpeed compiles it with nvcc

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,10 @@ from slap_ds.jsonl import read_lines
 from slap_ds.models.attention import packed_attention
 from slap_ds.train.record import train_step
 from slap_ds.train.run import Run, prepare
+from tests.gpu.check import Skip
 from tests.recipes import tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Missing(Exception):
-    """What this part works on is not on the machine."""
 
 
 def one_step(folder: Path, dtype: str) -> dict[str, Any]:
@@ -157,23 +153,18 @@ def step(device: torch.device, tiny: bool, out: Path) -> dict[str, Any]:
     on host."""
     real = ["--hidden", "2048", "--intermediate", "5504", "--layers", "24", "--vocab", "32000"]
     real += ["--candidates", "64", "--max-tokens", "1024", "--row-tokens", "8192"]
-    real += ["--dtype", "bfloat16", "--rounds", "3", "--warmup", "2"]
+    real += ["--dtype", "bfloat16", "--rounds", "3", "--warmup", "2", "--pruning", "0.2", "0.4"]
     small = ["--hidden", "64", "--intermediate", "128", "--layers", "2", "--candidates", "6"]
-    small += ["--max-tokens", "64", "--row-tokens", "128", "--rounds", "1", "--warmup", "1"]
-    facts: dict[str, Any] = {}
-    for boundaries, pruning in (("device", ["0.2", "0.4"]), ("host", ["0.4"])):
-        file = out / f"step-{boundaries}.result"
-        command = [sys.executable, "benchmarks/bench_step.py", "--json", str(file.resolve())]
-        command += [*(small if tiny else real), "--boundaries", boundaries, "--pruning", *pruning]
-        subprocess.run(command, cwd=ROOT, check=True)
-        result = json.loads(file.read_text())
-        for forward, ratios in result["ratio_to_full"].items():
-            for pruned, ratio in ratios.items():
-                facts[f"{boundaries}_{forward}_{pruned}"] = ratio
-        facts[boundaries] = result
-    full = facts["device"]["cases"][0]
-    rate = full["flops"] / full["step_s"]
-    return {"full_tokens_s": full["tokens_per_s"], "full_tflop_s": rate / 1e12, **facts}
+    small += ["--max-tokens", "64", "--row-tokens", "256", "--rounds", "1", "--warmup", "0"]
+    small += ["--pruning", "0.4"]
+    file = out / "step.result"
+    options = [*(small if tiny else real), "--boundaries", "device", "host", "--json", str(file)]
+    runpy.run_path(str(ROOT / "benchmarks" / "bench_step.py"))["main"](options)
+    result = json.loads(file.read_text())
+    facts = {case["case"].replace(" ", "_"): case["ratio_to_full"] for case in result["cases"][1:]}
+    full = result["cases"][0]
+    facts |= {"full_tokens_s": full["tokens_per_s"], "syncs": result["cases"][-1]["syncs"]}
+    return {"full_tflop_s": full["flops"] / full["step_s"] / 1e12, **facts, "result": result}
 
 
 def smollm2(device: torch.device, tiny: bool, out: Path) -> dict[str, Any]:
@@ -184,7 +175,7 @@ def smollm2(device: torch.device, tiny: bool, out: Path) -> dict[str, Any]:
     else:
         found = os.environ.get("SLAP_SMOLLM2")
         if found is None:
-            raise Missing("SLAP_SMOLLM2 names no folder with the model")
+            raise Skip("SLAP_SMOLLM2 names no folder with the model")
         path, tokenizer, budget = found, found, 20
     # Cost of a step: all data 1; a random part 0.6; SLAP with reuse at 40 % 0.7.
     ways = {

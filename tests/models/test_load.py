@@ -196,6 +196,8 @@ def refusal(config):
     ("attention", "told"),
     [
         ("flash_attention_2", "model.attention 'flash_attention_2' needs a package that cannot"),
+        ("flash_attention_3", "model.attention 'flash_attention_3' needs a package that cannot"),
+        ("flash_attention_4", "model.attention 'flash_attention_4' needs a package that cannot"),
         ("nope", "model.attention is 'nope', which llama does not have"),
     ],
 )

@@ -65,6 +65,18 @@ def test_the_gpu_kernels_compile_without_spills(tmp_path: Path) -> None:
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(spills) >= len(functions) >= 2
     assert all(pair == ("0", "0") for pair in spills), report
+    assert sm_residents(report, "Shrink", "sm_90") >= 3, "a round's blocks fill no H100 evenly"
+
+
+def sm_residents(report: str, kernel: str, target: str) -> int:
+    """Blocks of 128 threads that one SM holds at once, by the assembler's registers and memory."""
+    part = re.search(
+        rf"function '\w*\d{kernel}E\w*' for '{target}'(.*?)(?:Compiling|\Z)", report, re.S
+    )
+    assert part is not None
+    (registers,) = re.findall(r"Used (\d+) registers", part[1])
+    (shared,) = re.findall(r"(\d+) bytes smem", part[1])
+    return min(65536 // (128 * int(registers)), 227 * 1024 // (int(shared) + 1024))
 
 
 @pytest.fixture

@@ -72,10 +72,11 @@ def test_the_filter_changes_no_bit(emulated: ctypes.CDLL, k: int, across: bool, 
 
 
 def counts(library: ctypes.CDLL) -> dict[str, int]:
-    """What the emulated kernels have done so far: numbers of rounds and of pairs."""
+    """What the emulated kernels have done so far: numbers of rounds, of pairs, of loads."""
     library.slap_fps_cuda_counts.restype = ctypes.POINTER(ctypes.c_int64)
     names = ("rounds", "exact rounds", "pairs", "exact pairs", "filtered pairs", "close pairs")
-    return dict(zip(names, library.slap_fps_cuda_counts()[:6], strict=True))
+    names += ("loads", "sectors")
+    return dict(zip(names, library.slap_fps_cuda_counts()[:8], strict=True))
 
 
 def added(library: ctypes.CDLL, points: Tensor, plan: Plan) -> dict[str, int]:
@@ -105,9 +106,22 @@ def test_the_counts_that_times_are_derived_from_are_those_of_the_kernels(
     made = added(emulated, points, plan)
     derive = runpy.run_path(str(ROOT / "benchmarks" / "derive_gpu_op.py"))
     found = derive["count_rounds"](points, 630)
-    for name, value in made.items():
+    for name in (name.replace("_", " ") for name in derive["COUNTS"]):
+        value = made[name]
         limit = 0.03 * value if name == "close pairs" else 0
         assert abs(found[name.replace(" ", "_")] - value) <= limit, (name, made, found)
+
+
+def test_lanes_look_for_the_pool_side_by_side(emulated: ctypes.CDLL) -> None:
+    """A warp's 32 loads of 4 bytes touch 4 sectors, not one each; a stratum need not begin where a
+    sector does."""
+    n = 8000
+    points = torch.randn(n, 2, generator=torch.Generator().manual_seed(6))
+    strata = torch.arange(n) // 1600
+    plan = check(points, torch.tensor([30] * 5), strata, 0, True, None, None)
+    made = added(emulated, points, plan)
+    assert made["loads"] >= 2 * 1600 * (made["rounds"] - 1)
+    assert made["sectors"] <= 0.2 * made["loads"], made  # 0.125 at best
 
 
 def test_the_filter_rests_where_it_tells_too_little(emulated: ctypes.CDLL) -> None:
