@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from slap_ds import __version__
-from slap_ds.cli import bench, cluster, evaluation, evidence, models, training
+from slap_ds.cli import bench, cluster, estimate, evaluation, evidence, models, training
 from slap_ds.cli.common import fail
 from slap_ds.cli.quiet import quieten
 from slap_ds.errors import mistake
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"slap-ds {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for room in (training, models, evaluation, evidence, cluster, bench):
+    for room in (training, models, evaluation, evidence, cluster, estimate, bench):
         room.add(commands)
     return parser
 

@@ -23,6 +23,9 @@ def add(commands: Commands) -> None:
     train = commands.add_parser("train", help="train a model", epilog=OVERRIDES)
     train.add_argument("config", help="YAML file; `slap-ds settings` lists what it may hold")
     train.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    train.add_argument(
+        "--gpus", type=int, help="with --dry-run: how many the run will have (default: those here)"
+    )
     train.set_defaults(run=_train, takes_overrides=True)
 
     preview = commands.add_parser("preview", help="show the first samples", epilog=OVERRIDES)
@@ -42,14 +45,17 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     config = read_config(options.config, rest)
     from slap_ds.distributed.comm import Comm
     from slap_ds.engine import start_ranks, stop_ranks
-    from slap_ds.train.checks import dry_run
+    from slap_ds.train.dry_run import dry_run
     from slap_ds.train.loop import Preempted, train
     from slap_ds.train.run import prepare
 
     if options.dry_run:
-        console = Console(markup=False)
-        for name, value in dry_run(config).items():
-            console.print(f"{name:>22}  {value}", highlight=False)
+        console = Console(markup=False, highlight=False, soft_wrap=True)
+        found = dry_run(config, options.gpus)
+        for name, value in found.facts.items():
+            console.print(f"{name:>22}  {value}")
+        for note in found.notes:
+            console.print(f"note: {note}")
         return
     place = discover(os.environ)
     nested = place.launcher == "deepspeed"

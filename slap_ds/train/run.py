@@ -22,7 +22,7 @@ from slap_ds.engine import Engine, limit_waiting, make_engine, start_ranks, writ
 from slap_ds.scoring import Scorer
 from slap_ds.selection import Selector, make_selector
 from slap_ds.train.checks import check_boundaries, check_head, check_isolation, check_reuse
-from slap_ds.train.inputs import Inputs, make_parts, read_inputs
+from slap_ds.train.inputs import Inputs, make_parts, read_inputs, settled
 
 
 @dataclass
@@ -123,6 +123,7 @@ def prepare(
         comm, "data", lambda tell: read(config) if read else read_inputs(config, tell)
     )
     comm.agree(-1, "the training data", inputs.train.fingerprint)
+    config = settled(config, inputs, comm.world)
     stream, scorer, selector = make_parts(config, inputs.train)
     if newest is not None:
         facts = facts_of(config, inputs.model_config, inputs.train.fingerprint)

@@ -11,6 +11,8 @@ from slap_ds.cli import main
 from slap_ds.config.deepspeed import DEFAULT_DEEPSPEED
 from slap_ds.config.file import write_config
 from slap_ds.config.schema import Config
+from slap_ds.estimate import Shape, row_gathers
+from slap_ds.models.load import load_config
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
@@ -163,11 +165,13 @@ def gathers_by_part(c: Config) -> dict[str, float]:
     kind = deepspeed_gathers.PartitionedParameterCoordinator
     name = "_PartitionedParameterCoordinator__all_gather_params_"
     gather, forward, backward = getattr(kind, name), engine._forward, engine._backward
-    found, phase = {}, ""
+    found, phase, gathered = {}, "", 0
 
     def counted(self, weights, *rest, **named):
+        nonlocal gathered
         for weight in weights:
             if weight.ds_status == deepspeed_gathers.ZeroParamStatus.NOT_AVAILABLE:
+                gathered += weight.ds_numel
                 part, share = shares.get(weight.ds_id, ("rest", 1))
                 found[f"{part}, {phase}"] = found.get(f"{part}, {phase}", 0) + share
                 found["without order"] += not self.is_complete_trace()
@@ -188,9 +192,12 @@ def gathers_by_part(c: Config) -> dict[str, float]:
     engine._forward, engine._backward = forward_of, backward_of
     for step in range(3):
         found.clear()
+        gathered = 0
         found |= {"rows": 0, "without order": 0}
         train_step(run, step, CandidateBatch(run.inputs.train, next(run.stream)))
-    return {key: round(value, 9) for key, value in found.items() if not key.startswith("rest")}
+    named = {key: round(v, 9) for key, v in found.items() if not key.startswith("rest")}
+    model_size = sum(p.ds_numel for p in lm.parameters())
+    return {**named, "whole": gathered / model_size}
 
 
 @pytest.mark.parametrize("form", ["llama", "tied"])
@@ -223,6 +230,7 @@ def test_a_single_row_gathers_no_more_than_full_training(form, world, models, tm
             }
         )
         found[name] = run_ranks(gathers_by_part, world, c)[0]
+    shape = Shape.of(load_config(models[form], None))
     once = {
         "full": dict.fromkeys(["train forward", "backward"], 1),
         "reuse": dict.fromkeys(["score forward", "backward"], 1),
@@ -234,6 +242,9 @@ def test_a_single_row_gathers_no_more_than_full_training(form, world, models, tm
         expected |= {f"head, {next(iter(by_phase))}": 1}
         if form == "tied":  # its one weight is counted as the head's
             expected = {key.replace("embedding", "head"): 1 for key in expected}
+        # So `slap-ds estimate` has it, which leaves out the norms.
+        whole = sum(row_gathers(shape, int(name == "reuse"), 1, name == "reuse"))
+        assert found[name].pop("whole") == pytest.approx(whole, abs=0.01)
         assert found[name] == {"rows": 1, "without order": 0, **expected}, name
 
 
