@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from slap_ds.checkpoint import find as checkpoints
 from slap_ds.config.schema import Config
 from slap_ds.data.kept_tokenizer import check_tokenizer
 from slap_ds.data.sources import Limits
@@ -89,6 +90,26 @@ def read_inputs(
                 "has looked at cannot measure it; take other samples for one of them"
             )
     return Inputs(model_config, tokenizer, train, held_out, validation)
+
+
+def check_trained(config: Config, command: str) -> None:
+    """Refuse to score with fresh weights, whose losses say nothing of any sample.
+
+    Raises:
+        ValueError: the config has `model.config`.
+    """
+    if config.model.path is not None:
+        return
+    run_dir = config.run_dir
+    name = "MODEL_FOLDER"
+    remedy = "train first, or name a model"
+    if checkpoints.find(Path(run_dir)):
+        name = f"{run_dir}/model"
+        remedy = f"`slap-ds export {run_dir}` gives this run's"
+    raise ValueError(
+        f"{command} scores with a model, and model.config makes one of random weights: {remedy}, "
+        f"and add --model.config null --model.path {name}"
+    )
 
 
 def _cache_dir(config: Config) -> Path:
