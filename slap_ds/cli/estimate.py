@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from slap_ds.cli.announce import size_text
 from slap_ds.cli.common import OVERRIDES, Commands
 from slap_ds.errors import mistake
 
@@ -76,8 +77,9 @@ def _estimate(options: argparse.Namespace, rest: list[str]) -> None:
     # A pipe has no width; a table cut to 80 columns would lose its numbers.
     console = Console(markup=False, highlight=False, soft_wrap=True)
     wide = Console(markup=False, width=max(80, 48 + 12 * len(found)))
-    size = f"{shape.parameters / 1e9:.2f} B" if shape.parameters > 1e8 else f"{shape.parameters:,}"
-    console.print(f"{size} parameters, {_assumed(config, tokens, gpu)}{told}")
+    console.print(
+        f"{size_text(shape.parameters)} parameters, {_assumed(config, tokens, gpu)}{told}"
+    )
     rates = {(h.flops_per_s, h.gather_bytes_per_s) for h, _ in found}
     for flops, gathered in sorted(rates):
         which = [o.estimate.gpus for h, o in found if h.gather_bytes_per_s == gathered]
