@@ -31,6 +31,11 @@ def mistake(error: BaseException) -> str | None:
     return None
 
 
+def counted(number: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 class RankError(RuntimeError):
     """A mistake or fault that this rank has seen and others perhaps not, so this one reports it."""
 

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from slap_ds.errors import counted
 from slap_ds.launch.environment import rank_said
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def about(run: Run, config_file: str) -> None:
     evaluated = f", {len(inputs.eval):,} to evaluate" if inputs.eval is not None else ""
     kept = "all" if selection.method == "full" else f"{selection.method}, keep {selection.keep:g},"
     done, steps = run.state.step, len(run.stream)
-    rest = f"{steps:,} steps" if done == 0 else f"goes on after {done:,} of {steps:,} steps"
+    rest = f"{steps:,} steps" if done == 0 else f"continues after {done:,} of {steps:,} steps"
     tell(
         f"{inputs.model_config.model_type}, {size_text(run.engine.parameters)} parameters; "
         f"{len(inputs.train):,} samples{evaluated}; {kept} of {run.stream.candidates:,} candidates "
@@ -57,8 +58,3 @@ def size_text(number: float) -> str:
             value = number / size
             return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
     return f"{number:.0f}"
-
-
-def counted(number: int, what: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from slap_ds.cli import main
-from slap_ds.cli.announce import counted, size_text
+from slap_ds.cli.announce import size_text
 from slap_ds.data import store
 from slap_ds.distributed import startup
-from slap_ds.errors import mistake
+from slap_ds.errors import counted, mistake
 from tests.cli.test_cli import fails
 from tests.recipes import tiny_config, tiny_model
 
@@ -54,7 +54,7 @@ def test_a_start_says_its_phases_what_it_trains_and_where_it_is(path, tmp_path, 
         f"slap-ds export {run}"
     ]
     main(["train", path, "--steps", "3"])
-    assert "goes on after 2 of 3 steps" in capsys.readouterr().err
+    assert "continues after 2 of 3 steps" in capsys.readouterr().err
 
 
 def test_the_first_line_comes_before_what_takes_long_to_import(path):

@@ -16,7 +16,8 @@ import yaml
 
 from slap_ds.checkpoint import find as checkpoint
 from slap_ds.cli import main
-from slap_ds.config.file import read_config
+from slap_ds.config.file import _ELSEWHERE, config_keys, read_config
+from slap_ds.config.schema import Config
 from slap_ds.jsonl import read_lines
 from slap_ds.models.load import DEMO_TOKENIZER
 from slap_ds.train.inputs import read_inputs
@@ -72,6 +73,19 @@ def rows(tmp_path, *rows) -> list[str]:
 
 TOTALS = ("picked", "trained_tokens", "flops", "step_s", "score_s", "selection_s")
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+
+
+def test_names_of_other_trainers_and_a_text_for_a_list(capsys, write):
+    told = fails(capsys, "train", write(), "--learning_rate", "1e-4", "--output_dir", "x")
+    assert "learning_rate: unknown key; did you mean optimizer.lr?" in told
+    assert "output_dir: unknown key; did you mean run_dir?" in told
+    told = fails(capsys, "train", write(), "--data.train", "a.jsonl")
+    assert "data.train: expected a list, found one text: write [a.jsonl]" in told
+
+
+def test_every_name_of_others_leads_to_a_setting():
+    assert set(_ELSEWHERE.values()) <= {key for key, _ in config_keys()}
+    assert not set(_ELSEWHERE) & set(Config.model_fields)
 
 
 def test_mistakes_in_the_file(capsys, write):
@@ -223,6 +237,8 @@ def test_the_exported_model_is_the_trained_one(write, tmp_path):
 
     main(["train", write()])
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    readable = (tmp_path / "run" / "metrics.jsonl").stat().st_mode
+    assert {f.stat().st_mode for f in (tmp_path / "out").iterdir() if f.is_file()} == {readable}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     trained = whole_weights(checkpoint.find(tmp_path / "run")[-1].folder)
     for name, value in loaded.state_dict().items():
