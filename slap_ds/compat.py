@@ -33,6 +33,7 @@ NAMES: dict[str, Name] = {
     "FileBaton": Name(
         "torch", "2.13", "a lock on builds that stays when its holder is killed; gone in 2.14"
     ),
+    "_version": Name("torch", "2.13", "how often a tensor was changed in place"),
     "varlen_attn": Name("torch", "2.13", "flash attention over packed samples, of a prototype API"),
     "_attn_implementation": Name(
         "transformers", "5.17, 5.23, 5.24", "which attention a model was built with, once chosen"
@@ -95,6 +96,11 @@ def all_gather_flat(output: Tensor, mine: Tensor) -> None:
     # torch 2.13 renamed it and warns about the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(output, mine)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often its values were changed in place."""
+    return tensor._version
 
 
 def build_locks_outlive_their_holder() -> bool:

@@ -2,7 +2,7 @@
 
 config's model -> plan, score, choose, once over all candidates -> picks, losses
 or a run's picks.jsonl                                                       -> times picked
-sources, read again -> the kept rows as they were, with a field `slap` -> FILE
+sources, read again -> the kept rows as they were, with a field `slap` -> FILE; the others -> FILE
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,40 +32,47 @@ from slap_ds.distributed.startup import while_others_wait
 from slap_ds.files import replacing
 from slap_ds.jsonl import read_lines
 from slap_ds.selection.strata import assign_strata
-from slap_ds.train.inputs import Inputs, read_inputs
+from slap_ds.train.inputs import Inputs, check_trained, read_inputs
 from slap_ds.train.run import Run, prepare
 from slap_ds.train.score_pass import sum_pass
 from slap_ds.train.step import choose, plan_step, score
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
-Kept = dict[int, dict[str, Any]]  # position in the store -> what `slap` says of the row
+Said = dict[int, dict[str, Any]]  # position in the store -> what `slap` says of the row
 
 
-def curate(config: Config, out: Path, comm: Comm) -> tuple[int, int] | None:
-    """Score all training data once with the config's model and write what its selection keeps.
+def curate(
+    config: Config, out: Path, comm: Comm, dropped: Path | None = None
+) -> tuple[int, int] | None:
+    """Score all training data once with the config's model and write what its selection keeps; and
+    the other rows with their scores to `dropped`.
 
     Candidate batches, scorer and selector are those of a run, with as many candidates a step;
     warm-up and cool-down do not count. All ranks call this. `slap` holds sample_id, loss (nats per
-    response token), picked (1), weight, and with method slap the stratum within its batch.
+    response token), picked (1, or 0 of a dropped row), weight, and with method slap the stratum
+    within its batch.
 
     Returns: rows written and samples there were; None on all ranks but 0.
 
     Raises:
-        ValueError: another kind of file is asked for, or what a run with this config raises.
+        ValueError: another kind of file is asked for, the config has no trained weights, or what a
+            run with this config raises.
     """
-    check_name(out)
+    check_name(out, dropped)
+    check_trained(config, "curate")
     scratch = out.with_name(f".{out.name}.run")
     try:
         run = prepare(_once_over(config, scratch), comm)
         # What cannot be written should cost no scoring: every rank tries the first row.
         _line(next(_origins(run.config, run.inputs)).row, {})
-        kept = _picked(run)
+        said = _picked(run)
+        kept = {position for position, slap in said.items() if slap["picked"]}
         written = while_others_wait(
             comm,
             "the curated data",
             comm.rank == 0,
-            lambda tell: _write(run.config, run.inputs, kept, out, tell),
+            lambda tell: _write(run.config, run.inputs, said, kept, (out, dropped), tell),
         )
         return None if written is None else (written, len(run.inputs.train))
     finally:
@@ -74,12 +81,17 @@ def curate(config: Config, out: Path, comm: Comm) -> tuple[int, int] | None:
 
 
 def curate_run(
-    config: Config, run_dir: Path, out: Path, keep: float | None = None
+    config: Config,
+    run_dir: Path,
+    out: Path,
+    keep: float | None = None,
+    dropped: Path | None = None,
 ) -> tuple[int, int]:
     """Write the rows that a run has picked: all of them, or the share `keep` of all samples that
-    it picked most often (of equal counts, those it picked last).
+    it picked most often (of equal counts, those it picked last); and the others to `dropped`.
 
-    `slap` holds sample_id, picked (how many times) and weight (the last one). One process.
+    `slap` holds sample_id, picked (how many times) and weight (the last one; None where it was
+    never picked). One process.
 
     Returns: rows written and samples there were.
 
@@ -87,7 +99,7 @@ def curate_run(
         FileNotFoundError: the run has no picks.jsonl.
         ValueError: the picks are not of the config's training data.
     """
-    check_name(out)
+    check_name(out, dropped)
     path = run_dir / "picks.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{str(run_dir)!r} is no run with picks: it has no picks.jsonl")
@@ -97,27 +109,33 @@ def curate_run(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     store = inputs.train
-    kept: Kept = {}
+    said: Said = {}
     last: dict[int, int] = {}
     for number, record in enumerate(read_lines(path)):
         for sample_id, weight in zip(record["ids"], record["weights"], strict=True):
             position = _position(store, sample_id, path)
-            slap = kept.setdefault(position, {"sample_id": sample_id, "picked": 0})
+            slap = said.setdefault(position, {"sample_id": sample_id, "picked": 0})
             slap["picked"] += 1
             slap["weight"] = weight
             last[position] = number
-    if not kept:
+    if not said:
         raise ValueError(f"{path} holds no picks yet")
+    kept = set(said)
     if keep is not None:
-        order = sorted(kept, key=lambda p: (-kept[p]["picked"], -last[p], p))
-        kept = {p: kept[p] for p in order[: max(1, round(keep * len(store)))]}
-    return _write(config, inputs, kept, out), len(store)
+        order = sorted(said, key=lambda p: (-said[p]["picked"], -last[p], p))
+        kept = set(order[: max(1, round(keep * len(store)))])
+    for position, sample_id in enumerate(store.sample_ids.tolist()):
+        said.setdefault(position, {"sample_id": sample_id, "picked": 0, "weight": None})
+    return _write(config, inputs, said, kept, (out, dropped)), len(store)
 
 
-def check_name(out: Path) -> None:
-    """Raise ValueError unless the file's name says JSONL."""
-    if not out.name.endswith(SUFFIXES):
-        raise ValueError(f"{out}: expected a file that ends in {' or '.join(SUFFIXES)}")
+def check_name(*files: Path | None) -> None:
+    """Raise ValueError unless the files' names say JSONL and differ."""
+    for out in files:
+        if out is not None and not out.name.endswith(SUFFIXES):
+            raise ValueError(f"{out}: expected a file that ends in {' or '.join(SUFFIXES)}")
+    if len(set(files)) < len(files):
+        raise ValueError(f"{files[0]} is named for the kept rows and for the dropped ones")
 
 
 def _once_over(config: Config, scratch: Path) -> Config:
@@ -129,10 +147,10 @@ def _once_over(config: Config, scratch: Path) -> Config:
     return Config.model_validate(raw)
 
 
-def _picked(run: Run) -> Kept:
-    """What the run's selection keeps of each candidate batch; on all ranks but 0 nothing."""
+def _picked(run: Run) -> Said:
+    """What there is to say of each candidate, picked or not; on all ranks but 0 nothing."""
     options = run.config.selection
-    kept: Kept = {}
+    said: Said = {}
     for step, indices in enumerate(run.stream):
         batch = CandidateBatch(run.inputs.train, indices)
         plan = plan_step(run, step, batch)
@@ -155,15 +173,15 @@ def _picked(run: Run) -> Kept:
             losses = torch.from_numpy(nats / tokens)
         if run.comm.rank != 0:
             continue
-        for pick, weight in zip(selection.picks.tolist(), selection.weights.tolist(), strict=True):
-            loss = float(losses[pick])
-            kept[int(indices[pick])] = {
-                "sample_id": int(batch.sample_ids[pick]),
+        weights = dict(zip(selection.picks.tolist(), selection.weights.tolist(), strict=True))
+        for i, loss in enumerate(losses.tolist()):
+            said[int(indices[i])] = {
+                "sample_id": int(batch.sample_ids[i]),
                 "loss": loss if math.isfinite(loss) else None,
-                "picked": 1,
-                "weight": weight,
-            } | ({} if strata is None else {"stratum": int(strata[pick])})
-    return kept
+                "picked": int(i in weights),
+                "weight": weights.get(i),
+            } | ({} if strata is None else {"stratum": int(strata[i])})
+    return said
 
 
 def _strata(losses: torch.Tensor, strata: int, by: Any) -> torch.Tensor:
@@ -200,17 +218,21 @@ def _origins(config: Config, inputs: Inputs) -> Iterator[Origin]:
 def _write(
     config: Config,
     inputs: Inputs,
-    kept: Mapping[int, Any],
-    out: Path,
+    said: Said,
+    kept: Set[int],
+    files: tuple[Path, Path | None],
     tell: Callable[[int], None] = lambda rows: None,
 ) -> int:
+    """Rows `kept` into the first file, the others into the second; returns how many were kept."""
     written = 0
-    with _replaced(out) as file:
+    with contextlib.ExitStack() as stack:
+        out, rest = [stack.enter_context(_replaced(file)) if file else None for file in files]
         for number, origin in enumerate(_origins(config, inputs)):
             tell(number)
-            if origin.position in kept:
-                file.write(_line(origin.row, kept[origin.position]) + "\n")
-                written += 1
+            keeps = origin.position in kept
+            if (file := out if keeps else rest) is not None:
+                file.write(_line(origin.row, said[origin.position]) + "\n")
+            written += keeps
     assert written == len(kept)
     return written
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 # Of the file system: what a wrong path or missing rights lead to, and no fault of a disk.
 _PATHS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+# A place that takes no more, or nothing at all.
+_FULL = {errno.ENOSPC: "free some", errno.EDQUOT: "free some", errno.EROFS: "it cannot be written"}
 
 
 def mistake(error: BaseException) -> str | None:
@@ -19,7 +22,18 @@ def mistake(error: BaseException) -> str | None:
             f"{os.fsdecode(error.filename)}: {error.strerror}: give a path that exists and can be "
             "used (run_dir, data.train, data.cache_dir, --out), or change its permissions"
         )
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return (
+            f"{where}{error.strerror}: {_FULL[error.errno]}, or choose another place (run_dir, "
+            "data.cache_dir or SLAP_CACHE_DIR, --out, TMPDIR)"
+        )
     return None
+
+
+def counted(number: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 class RankError(RuntimeError):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 
 from slap_ds.config.file import read_config
-from slap_ds.estimate import Hardware, Shape, estimate
+from slap_ds.estimate import GPUS as KINDS
+from slap_ds.estimate import Shape
+from slap_ds.estimate.outlook import Tokens, outlook
+from slap_ds.train.inputs import settle_candidates
 from tests.config.test_recipes import RECIPES, REPO, meta_model
 
-SAMPLE_TOKENS = 512
-CANDIDATES_PER_GPU = 32
-GPUS = {"lora": (1, 8, 64), "offload": (1, 2, 8, 16), "": (8, 16, 64, 512)}
-NVLINK, NETWORK = 200e9, 40e9  # bytes a second that a GPU gathers, inside a node and between nodes
-LIMIT_GIB = 72  # of a device with 80 GB; the rest is CUDA's context and fragmentation
+TOKENS = Tokens(mean=512, response_share=0.5)
+GPUS = {"lora": (1, 8, 32, 64), "offload": (1, 2, 8, 32), "": (8, 32, 64, 512)}
 
 
 def rows() -> list[str]:
@@ -28,15 +28,18 @@ def rows() -> list[str]:
     os.chdir(REPO)  # the recipes name their DeepSpeed files from there
     for path in RECIPES:
         config = read_config(str(path))
-        shape = Shape.of(meta_model(path).config, config.model.lora)
+        model_config = meta_model(path).config
+        shape = Shape.of(model_config, config.model.lora)
         kind = path.stem.rpartition("-")[2]
         for gpus in GPUS.get(kind, GPUS[""]):
-            hardware = Hardware(gather_bytes_per_s=NVLINK if gpus <= 8 else NETWORK)
-            e = estimate(config, shape, SAMPLE_TOKENS, 0.5, gpus, CANDIDATES_PER_GPU, hardware)
-            fits = "" if e.total_gib <= LIMIT_GIB else " (too much)"
+            mine = settle_candidates(config, model_config, TOKENS.mean, TOKENS.response_share, gpus)
+            candidates = mine.batch.candidates
+            found = outlook(mine, shape, TOKENS, gpus, candidates, KINDS["h100"])
+            assert found.advice is None, f"{path.name} on {gpus}: {found.advice}"
+            e, fits = found.estimate, "" if found.fits else " (too much)"
             host = f"{sum(e.host_gib.values()):.0f}" if e.host_gib else "–"
             out.append(
-                f"| `{path.name}` | {gpus} | {e.candidates:,} | {e.total_gib:.0f}{fits} | {host} "
+                f"| `{path.name}` | {gpus} | {e.candidates:,} | {e.needed_gib:.0f}{fits} | {host} "
                 f"| {sum(e.step_s.values()):.1f} | {e.ratio_to_full:.2f} |"
             )
     return out

@@ -30,7 +30,7 @@ from slap_ds.jsonl import read_lines
 from slap_ds.train.inputs import read_inputs
 from tests.evaluation.test_eval_loss import plain_turns
 from tests.ranks import run_ranks
-from tests.recipes import picks, run_config, tiny_config, tiny_model
+from tests.recipes import SIZES, picks, run_config, tiny_config, tiny_model
 
 DEMO = Path(__file__).parents[1] / "slap_ds" / "data" / "demo" / "train.jsonl"
 
@@ -94,7 +94,8 @@ def plain_losses(config, store):
 def test_the_hardest_of_each_batch_by_a_plain_forward(model, tmp_path, data, capsys):
     config, path = make(model, tmp_path, data, selection={"method": "hard"})
     out = tmp_path / "sub" / "kept.jsonl"
-    main(["curate", path, "--out", str(out), "--keep", "0.4"])
+    rest = tmp_path / "sub" / "dropped.jsonl.gz"
+    main(["curate", path, "--out", str(out), "--keep", "0.4", "--dropped", str(rest)])
     assert not (tmp_path / "run").exists()
     store = read_inputs(config).train
     losses = plain_losses(config, store)
@@ -110,11 +111,16 @@ def test_the_hardest_of_each_batch_by_a_plain_forward(model, tmp_path, data, cap
     assert {row["slap"]["picked"] for row in found} == {1}
     assert all("stratum" not in row["slap"] for row in found)
     assert f"wrote {len(found)} of 100 samples" in capsys.readouterr().out
+    others = [i for i in range(100) if i not in expected]
+    dropped = rows_of(rest)
+    assert [r["slap"]["sample_id"] for r in dropped] == store.sample_ids[others].tolist()
+    np.testing.assert_allclose([r["slap"]["loss"] for r in dropped], losses[others], 1e-5)
+    assert {(r["slap"]["picked"], r["slap"]["weight"]) for r in dropped} == {(0, None)}
     rows = originals(data)
-    for row in found:
+    for row in found + dropped:
         del row["slap"]
         assert row == rows[row["id"]]
-    assert [p.name for p in out.parent.iterdir()] == ["kept.jsonl"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["dropped.jsonl.gz", "kept.jsonl"]
 
 
 def test_slap_keeps_what_a_run_picks_in_its_first_step(model, tmp_path, data):
@@ -146,7 +152,14 @@ def test_what_a_run_has_picked(model, tmp_path, data, capsys):
     rows = originals(data)
     assert all(rows[row["id"]]["messages"] == row["messages"] for row in found)
 
-    main(["curate", path, "--out", str(out), "--run", str(tmp_path / "run"), "--keep", "0.3"])
+    rest = tmp_path / "rest.jsonl"
+    of_run = ["--out", str(out), "--run", str(tmp_path / "run"), "--dropped", str(rest)]
+    main(["curate", path, *of_run])
+    never = [row["slap"] for row in rows_of(rest)]
+    assert len(never) == 100 - len(times)
+    assert {(slap["picked"], slap["weight"]) for slap in never} == {(0, None)}
+    main(["curate", path, *of_run, "--keep", "0.3"])
+    assert len(rows_of(rest)) == 70
     most = [row["slap"]["picked"] for row in rows_of(out)]
     assert sorted(most, reverse=True) == sorted(times.values(), reverse=True)[:30]
 
@@ -328,6 +341,8 @@ def test_mistakes(model, tmp_path, data, capsys, monkeypatch):
     assert ".jsonl.gz" in fails(capsys, "curate", path, "--out", tmp_path / "kept.json")
     out = tmp_path / "kept.jsonl"
     assert "(0, 1]" in fails(capsys, "curate", path, "--out", out, "--keep", "1.5")
+    same = ["--out", out, "--dropped", out]
+    assert "for the kept rows and for the dropped" in fails(capsys, "curate", path, *same)
     assert "no picks.jsonl" in fails(capsys, "curate", path, "--out", out, "--run", tmp_path)
     rows = [{**row, "slap": "mine"} for row in originals(data).values()]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -335,6 +350,26 @@ def test_mistakes(model, tmp_path, data, capsys, monkeypatch):
     assert "'slap' of its own" in fails(capsys, "curate", path, "--out", out)
     assert not out.exists()
     assert not list(tmp_path.glob(".kept*"))
+
+
+@pytest.mark.parametrize("command", ["curate", "losses"])
+def test_random_weights_score_nothing(command, tmp_path, data, capsys):
+    fresh = {"model_type": "llama", **SIZES}
+    _, path = make("nowhere", tmp_path, data, steps=1)
+    raw = yaml.safe_load(Path(path).read_text())
+    raw["model"] |= {"path": None, "config": fresh}
+    Path(path).write_text(yaml.safe_dump(raw))
+    out = tmp_path / "out.jsonl"
+    told = fails(capsys, command, path, "--out", out)
+    assert f"{command} scores with a model, and model.config makes one of random weights" in told
+    assert not out.exists()
+    main(["train", path])
+    told = fails(capsys, command, path, "--out", out)
+    assert f"slap-ds export {tmp_path / 'run'}" in told
+    main(["export", str(tmp_path / "run")])
+    # Of the line itself: what it says to add works.
+    main([command, path, "--out", str(out), *told.split("and add ")[1].split()])
+    assert rows_of(out)
 
 
 def test_a_finished_run_of_the_config_is_left_alone(model, tmp_path, data):

@@ -2,20 +2,32 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slap_ds.estimate import BOUNDARIES, GRADIENTS, OPTIMIZER, WEIGHTS, Hardware, Shape, estimate
+from slap_ds.estimate import (
+    BOUNDARIES,
+    GATHERED,
+    GPUS,
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+    Hardware,
+    Shape,
+    estimate,
+)
+from slap_ds.estimate.outlook import Tokens, outlook
 from slap_ds.models.reuse import host_boundary_bytes, pinned_bytes
+from slap_ds.train.inputs import settle_candidates
 from tests.config.test_recipes import PUBLISHED
 from tests.recipes import tiny_config
 
 GIB = 2**30
 SLOW_NETWORK = Hardware(gather_bytes_per_s=1e9)
-GATHERED = "gathered weights (two blocks, head)"
 
 
 def meta(**changes):
@@ -55,12 +67,12 @@ def test_each_stage_divides_what_it_divides(tmp_path):
         assert (e.memory_gib[GATHERED] > 0) == (stage == 3)
     totals = [found[s].total_gib for s in (0, 1, 2, 3)]
     assert totals == sorted(totals, reverse=True)
-    # 7/8 of 16 GB at 1 GB/s: once a row under ZeRO-3, twice in training. One row is scored, two
-    # are trained; whole weights are gathered once after the step, and gradients are reduced. The
-    # forward of a replayed row gathers what is not in a block.
+    # 7/8 of 16 GB at 1 GB/s: once a row under ZeRO-3. One row is scored, two are trained, the
+    # first of them with the head of the scored one; whole weights are gathered once after the
+    # step, and gradients are reduced.
     once = count * 2 * 7 / 8 / 1e9
-    blocks = sum(p.numel() for p in model.model.layers.parameters()) / count
-    stages = {0: (0, 2), 1: (0, 2), 2: (0, 3), 3: (1, 4 - 2 * blocks)}
+    head = model.lm_head.weight.numel() / count
+    stages = {0: (0, 2), 1: (0, 2), 2: (0, 3), 3: (1, 2 - head)}
     for stage, (score, train) in stages.items():
         parts = found[stage].step_s
         assert parts["train"] == pytest.approx(train * once), stage
@@ -150,3 +162,78 @@ def test_a_head_chunk_is_that_of_a_gpu(tmp_path):
     assert found == 2048 * vocab * (4 + 4 + 2) / GIB
     few = of(model, tmp_path, scoring={"chunk_tokens": 100}).memory_gib["head chunk"]
     assert few == pytest.approx(found * 100 / 2048)
+
+
+def ahead(tmp_path, gpus, candidates, tokens=None, kind="h100", **sections):
+    tokens = tokens or Tokens(512, 0.5, 100_000)
+    model = meta()
+    sections = {
+        "model": {"dtype": "bfloat16", "gradient_checkpointing": True},
+        "batch": {"micro_batch_tokens": 8192},
+        **sections,
+    }
+    config = tiny_config("m", tmp_path / "run", **sections)
+    return outlook(config, Shape.of(model.config), tokens, gpus, candidates, GPUS[kind])
+
+
+def test_a_run_that_gains_nothing_is_told_what_to_set_and_that_helps(tmp_path):
+    for method in ("slap", "sampled"):
+        chosen = {"selection": {"method": method, "keep": 0.6}}
+        thin = ahead(tmp_path, 32, 256, **chosen)
+        assert "no faster than full training with these settings (1.00" in thin.advice
+        candidates = int(re.search(r"set batch.candidates (\d+) \(", thin.advice)[1])
+        assert ahead(tmp_path, 32, candidates, **chosen).advice is None
+        assert ahead(tmp_path, 32, candidates, **chosen).estimate.ratio_to_full < 0.75
+    # One chooser for 262,144 candidates: no number of rows helps, a narrower sketch does.
+    chosen = {"selection": {"method": "slap", "keep": 0.6}}
+    many = ahead(tmp_path, 4096, 262_144, **chosen)
+    assert "slower than full training" in many.advice
+    assert "set scoring.sketch_dim 256" in many.advice
+    narrow = ahead(tmp_path, 4096, 262_144, **chosen, scoring={"sketch_dim": 256})
+    assert narrow.estimate.ratio_to_full < 0.95
+    assert ahead(tmp_path, 32, 256, selection={"method": "full"}).advice is None
+
+
+def test_hours_disk_and_what_fits(tmp_path):
+    found = ahead(tmp_path, 8, 256, steps=None, epochs=2, checkpoint={"keep_last": 3})
+    e = found.estimate
+    assert found.steps == math.ceil(200_000 / 256)
+    assert found.hours == pytest.approx(found.steps * sum(e.step_s.values()) / 3600)
+    count = sum(p.numel() for p in meta().parameters())
+    assert found.checkpoint_bytes == 12 * count
+    assert found.disk_bytes == 4 * 12 * count
+    assert e.needed_gib == pytest.approx(1.1 * e.total_gib + 2)
+    assert found.fits
+    assert not ahead(tmp_path, 1, 32).fits
+    assert ahead(tmp_path, 8, 256, kind="a100-40").fits == (e.needed_gib <= 39)
+    warm = ahead(tmp_path, 8, 256, steps=100, selection={"method": "slap", "warmup": 0.5})
+    mean = (sum(warm.estimate.step_s.values()) + warm.estimate.full_step_s) / 2
+    assert warm.hours == pytest.approx(100 * mean / 3600)
+    assert ahead(tmp_path, 8, 256, Tokens(), steps=None, epochs=2).hours is None
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 32, 64, 512])
+def test_rows_per_rank_auto_gains_on_every_cluster(gpus, tmp_path):
+    model, shape = meta(), Shape.of(meta().config)
+    for method in ("sampled", "slap"):
+        config = tiny_config(
+            "m",
+            tmp_path / "run",
+            model={"dtype": "bfloat16", "gradient_checkpointing": True},
+            batch={"rows_per_rank": "auto", "micro_batch_tokens": 8192},
+            selection={"method": method},
+        )
+        mine = settle_candidates(config, model.config, 512, 0.5, gpus)
+        e = estimate(
+            mine,
+            shape,
+            512,
+            0.5,
+            gpus,
+            mine.batch.candidates / gpus,
+            Hardware.of(GPUS["h100"], gpus),
+        )
+        assert e.ratio_to_full < {"sampled": 0.7, "slap": 0.85}[method]
+        assert e.rows == pytest.approx(0.9 * mine.batch.rows_per_rank, rel=0.05)
+        # What a run writes down gives the same run again.
+        assert settle_candidates(mine, model.config, 512, 0.5, gpus) == mine

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from slap_ds.bench.throughput import PHASES
+from slap_ds.errors import counted
 
 
 def table(points: Sequence[dict[str, Any]]) -> Table:
@@ -69,7 +70,7 @@ def plot(points: Sequence[dict[str, Any]], path: Path) -> None:
 def label(point: dict[str, Any]) -> str:
     """What a point is called: the value swept over, or its number of ranks."""
     value = point["value"]
-    return f"{value:g}" if value is not None else f"{point['ranks']} ranks"
+    return f"{value:g}" if value is not None else counted(point["ranks"], "rank")
 
 
 def _kib(collectives: dict[str, dict[str, float]]) -> float:

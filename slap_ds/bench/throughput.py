@@ -157,7 +157,7 @@ def _measure(
         },
         "keep": run.config.selection.keep,
         "micro_batch_tokens": run.config.batch.micro_batch_tokens,
-        "candidates": run.config.batch.candidates,
+        "candidates": run.stream.candidates,
         "forward": records[-1]["forward"],
         "parameters": run.engine.parameters,
     }

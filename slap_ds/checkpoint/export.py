@@ -61,6 +61,10 @@ def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
         "template": template.name,
     }
     (out / "slap_ds.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    # safetensors makes its files readable for their owner alone.
+    for file in out.iterdir():
+        if file.is_file():
+            file.chmod((out / "slap_ds.json").stat().st_mode)
     kept = Path(config.model.path or "") / KEPT
     if config.model.path and kept.is_dir():  # the way back of a converted ChatGLM
         shutil.copytree(kept, out / KEPT, dirs_exist_ok=True)

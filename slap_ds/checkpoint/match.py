@@ -12,6 +12,7 @@ from slap_ds.checkpoint.find import Checkpoint
 from slap_ds.checkpoint.state import TENSORS
 from slap_ds.config.deepspeed import resolve_deepspeed
 from slap_ds.config.schema import Config
+from slap_ds.errors import counted
 
 # Facts in which a run may differ from its checkpoint with checkpoint.reshard.
 RESHARDED = ("engine", "zero_stage", "optimizer.kind")
@@ -62,10 +63,10 @@ def check_matches(
             "run_dir"
         )
     if saved["world_size"] != world and not reshard:
+        before = counted(saved["world_size"], "rank")
         raise ValueError(
-            f"{checkpoint.folder} was saved by {saved['world_size']} ranks, this run has {world}: "
-            f"start {saved['world_size']} ranks, set checkpoint.reshard, or start a fresh run in "
-            "another run_dir"
+            f"{checkpoint.folder} was saved by {before}, this run has {world}: start {before}, set "
+            "checkpoint.reshard, or start a fresh run in another run_dir"
         )
     for name, value in facts.items():
         if (name in RESHARDED and reshard) or saved.get(name, value) == value:

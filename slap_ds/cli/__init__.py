@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import locale
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from slap_ds import __version__
-from slap_ds.cli import bench, cluster, evaluation, evidence, models, training
+from slap_ds.cli import bench, cluster, estimate, evaluation, evidence, models, training
 from slap_ds.cli.common import fail
 from slap_ds.cli.quiet import quieten
 from slap_ds.errors import mistake
@@ -21,6 +23,10 @@ VERBOSE = ("-v", "--verbose")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, or 1 after an error, or 2 for wrong usage."""
+    if arguments is None:
+        _in_utf8()
+    if arguments is None:
+        _in_utf8()
     for stream in (sys.stdout, sys.stderr):
         # What a terminal's encoding lacks is written as \\u4e16.
         if isinstance(stream, io.TextIOWrapper):
@@ -58,9 +64,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"slap-ds {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for each in (training, models, evaluation, evidence, cluster, bench):
+    for each in (training, models, evaluation, evidence, cluster, estimate, bench):
         each.add(commands)
     return parser
+
+
+def _in_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode, where the locale has another encoding.
+
+    Libraries read files of their own, and their users', in the locale's encoding.
+    """
+    encoding = locale.getpreferredencoding(False)
+    if encoding.lower() in ("utf-8", "utf8") or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    # What the terminal shows stays in its own encoding.
+    os.environ.setdefault("PYTHONIOENCODING", f"{encoding}:backslashreplace")
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def _local_rank(argument: str) -> bool:

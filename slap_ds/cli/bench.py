@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slap_ds.cli.common import OVERRIDES, Commands
+from slap_ds.errors import counted
 
 
 def add(commands: Commands) -> None:
@@ -126,9 +127,9 @@ def _network(options: argparse.Namespace, rest: list[str]) -> None:
             )
         else:
             print(
-                f"{result['ranks']} ranks on {result['hosts']} hosts, {result['device']}: a small "
-                f"message takes {result['latency_s'] * 1e6:.0f} us, a large one "
-                f"{result['bus_bytes_per_s'] / 1e9:.2f} GB/s",
+                f"{counted(result['ranks'], 'rank')} on {counted(result['hosts'], 'host')}, "
+                f"{result['device']}: a small message takes {result['latency_s'] * 1e6:.0f} us, "
+                f"a large one {result['bus_bytes_per_s'] / 1e9:.2f} GB/s",
                 flush=True,
             )
         if options.json == "-":

@@ -1,4 +1,4 @@
-"""launch, doctor, estimate: the machines a run will have."""
+"""launch, doctor: the machines a run will have."""
 
 from __future__ import annotations
 
@@ -38,15 +38,6 @@ def add(commands: Commands) -> None:
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
 
-    guess = commands.add_parser("estimate", help="memory and step time by formula")
-    guess.add_argument("config")
-    guess.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 4096])
-    guess.add_argument("--sample-tokens", type=float, default=512, help="mean tokens per sample")
-    guess.add_argument("--candidates-per-gpu", type=float, help="default: the config's on --gpus 1")
-    guess.add_argument("--flops-per-s", type=float, default=400e12, help="reached by one GPU")
-    guess.add_argument("--bytes-per-s", type=float, default=40e9, help="all-gather, per GPU")
-    guess.set_defaults(run=_estimate, takes_overrides=True)
-
 
 def _launch(options: argparse.Namespace, rest: list[str]) -> None:
     from pathlib import Path
@@ -80,37 +71,3 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> None:
             console.print(line)
     if any(finding.level == "red" for finding in found):
         sys.exit(1)
-
-
-def _estimate(options: argparse.Namespace, rest: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from slap_ds.config.file import read_config
-    from slap_ds.estimate import Hardware, Shape, estimate
-    from slap_ds.models.load import load_config
-
-    config = read_config(options.config, rest)
-    shape = Shape.of(load_config(config.model.path, config.model.config), config.model.lora)
-    hardware = Hardware(options.flops_per_s, options.bytes_per_s)
-    per_gpu = options.candidates_per_gpu or config.batch.candidates / options.gpus[0]
-    found = [
-        estimate(config, shape, options.sample_tokens, 0.5, gpus, per_gpu, hardware)
-        for gpus in options.gpus
-    ]
-    keep = config.selection.keep
-    table = Table(title=f"{shape.parameters / 1e9:.2f} B parameters, keep ratio {keep:g}")
-    table.add_column("GPUs")
-    for e in found:
-        table.add_column(str(e.gpus), justify="right")
-    for part in found[0].memory_gib:
-        table.add_row(f"GiB: {part}", *(f"{e.memory_gib[part]:.2f}" for e in found))
-    table.add_row("GiB per GPU", *(f"{e.total_gib:.1f}" for e in found), style="bold")
-    for part in found[0].host_gib:
-        table.add_row(f"GiB on its host: {part}", *(f"{e.host_gib[part]:.2f}" for e in found))
-    table.add_row("candidates per step", *(str(e.candidates) for e in found))
-    for part in found[0].step_s:
-        table.add_row(f"seconds: {part}", *(f"{e.step_s[part]:.3f}" for e in found))
-    table.add_row("step / full training", *(f"{e.ratio_to_full:.3f}" for e in found), style="bold")
-    table.add_row("selection share", *(f"{e.selection_share:.2%}" for e in found))
-    Console(markup=False).print(table)

@@ -53,6 +53,7 @@ def add(commands: Commands) -> None:
     )
     curate.add_argument("config")
     curate.add_argument("--out", required=True, help="a .jsonl or .jsonl.gz file")
+    curate.add_argument("--dropped", help="a file for the other rows, with their scores")
     curate.add_argument("--keep", type=float, help="share to keep (default selection.keep)")
     curate.add_argument("--run", dest="run_dir", help="what this run has picked; nothing is scored")
     curate.set_defaults(run=_curate, takes_overrides=True)
@@ -163,13 +164,15 @@ def _curate(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.engine import start_ranks, stop_ranks
 
     out, comm, counts = Path(options.out), None, None
+    dropped = Path(options.dropped) if options.dropped else None
     if options.run_dir:
-        counts = curate_run(config, Path(options.run_dir), out, options.keep)
+        counts = curate_run(config, Path(options.run_dir), out, options.keep, dropped)
     else:
         comm = start_ranks(config)
-        counts = curate(config, out, comm)
+        counts = curate(config, out, comm, dropped)
     if counts is not None:
-        print(f"wrote {counts[0]} of {counts[1]} samples to {out}")
+        rest_to = f", the others to {dropped}" if dropped else ""
+        print(f"wrote {counts[0]} of {counts[1]} samples to {out}{rest_to}")
     if comm is not None:
         stop_ranks(comm)
 

@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from slap_ds.cli.announce import about, finished, tell
 from slap_ds.cli.common import OVERRIDES, Commands
 from slap_ds.distributed.heart import DONE, FAILED, LOST_PEER, NO_MEMORY, PREEMPTED, USER_ERROR
 from slap_ds.distributed.watchdog import Watchdog, out_of_memory, watch
@@ -16,6 +17,7 @@ from slap_ds.errors import mistake
 from slap_ds.launch.environment import discover
 
 if TYPE_CHECKING:
+    from slap_ds.config.schema import Config
     from slap_ds.distributed.comm import Comm
 
 
@@ -23,6 +25,9 @@ def add(commands: Commands) -> None:
     train = commands.add_parser("train", help="train a model", epilog=OVERRIDES)
     train.add_argument("config", help="YAML file; `slap-ds settings` lists what it may hold")
     train.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    train.add_argument(
+        "--gpus", type=int, help="with --dry-run: how many the run will have (default: those here)"
+    )
     train.set_defaults(run=_train, takes_overrides=True)
 
     preview = commands.add_parser("preview", help="show the first samples", epilog=OVERRIDES)
@@ -35,30 +40,33 @@ def add(commands: Commands) -> None:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
-    from rich.console import Console
-
     from slap_ds.config.file import read_config
 
     config = read_config(options.config, rest)
+    if options.dry_run:
+        _dry_run(config, options.gpus)
+        return
+    tell(f"starts {config.run_dir}")  # before anything that takes long to import
     from slap_ds.distributed.comm import Comm
-    from slap_ds.engine import start_ranks, stop_ranks
-    from slap_ds.train.checks import dry_run
+    from slap_ds.distributed.startup import alone_in
+    from slap_ds.engine import built, start_ranks, stop_ranks
     from slap_ds.train.loop import Preempted, train
     from slap_ds.train.run import prepare
 
-    if options.dry_run:
-        console = Console(markup=False)
-        for name, value in dry_run(config).items():
-            console.print(f"{name:>22}  {value}", highlight=False)
-        return
     place = discover(os.environ)
     nested = place.launcher == "deepspeed"
     timeout_s = config.engine.stop_timeout_s
     with watch(Path(config.run_dir), place.rank, place.world, timeout_s, nested) as dog:
         code, comm = DONE, Comm()
         try:
+            if config.engine.kind == "deepspeed" and not built(os.environ):
+                tell("builds DeepSpeed's operator, once on this machine, about a minute")
             comm = start_ranks(config, dog)
-            train(prepare(config, comm))
+            with alone_in(Path(config.run_dir), comm):
+                run = prepare(config, comm, tell=tell)
+                about(run, options.config)
+                train(run)
+            finished(run)
         except Preempted as error:
             code = PREEMPTED
             if place.rank == 0:
@@ -69,6 +77,19 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
         stop_ranks(comm, code)
     if code:
         sys.exit(code)
+
+
+def _dry_run(config: Config, gpus: int | None) -> None:
+    from rich.console import Console
+
+    from slap_ds.train.dry_run import dry_run
+
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    found = dry_run(config, gpus)
+    for name, value in found.facts.items():
+        console.print(f"{name:>22}  {value}")
+    for note in found.notes:
+        console.print(f"note: {note}")
 
 
 def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
@@ -89,9 +110,10 @@ def _fail(dog: Watchdog, comm: Comm, error: Exception) -> NoReturn:
         dog.end(USER_ERROR, mine, dog.line(mine))
     if (blame := comm.blame(error)) is not None:
         dog.end(LOST_PEER, blame, dog.line(blame))
-    traceback.print_exception(error)
-    text = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-    code = FAILED
+    code, text = FAILED, mine
+    if text is None:
+        traceback.print_exception(error)
+        text = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
     if (memory := out_of_memory(error)) is not None:
         code, text = NO_MEMORY, memory
     dog.record(code, text)

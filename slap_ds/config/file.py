@@ -20,6 +20,22 @@ from slap_ds.config.schema import Config
 
 M = TypeVar("M", bound=BaseModel)
 
+# What other trainers call our settings.
+_ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "weight_decay_rate": "optimizer.weight_decay",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "output_dir": "run_dir",
+    "model_name_or_path": "model.path",
+    "max_length": "data.max_tokens",
+    "max_seq_length": "data.max_tokens",
+    "batch_size": "batch.candidates",
+    "per_device_train_batch_size": "batch.micro_batch_tokens",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "evaluation.every",
+}
+
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration of a YAML file with `--section.key value` overrides.
@@ -153,6 +169,8 @@ def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"{key}: unknown key; {_hint(error['loc'], model)}"
     if error["type"] == "missing":
         return f"{key}: missing, and it has no default"
+    if error["type"] == "list_type" and isinstance(error["input"], str):
+        return f"{key}: expected a list, found one text: write [{error['input']}]"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and (len(error["loc"]) < 2):
         return message if not error["loc"] else f"{key}: {message}"
@@ -162,6 +180,8 @@ def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
 def _hint(location: Sequence[Any], root: type[BaseModel]) -> str:
     """What may have been meant by an unknown key: one further down, or one of a similar name."""
     *parents, name = location
+    if not parents and (ours := _ELSEWHERE.get(str(name))):
+        return f"did you mean {ours}?"
     section = _section(parents, root)
     known = [field.alias or key for key, field in section.model_fields.items()] if section else []
     below = [

@@ -6,7 +6,7 @@ setting. The DeepSpeed JSON stays a file of its own (deepspeed.py).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -108,6 +108,10 @@ class BatchConfig(Section):
 
     candidates: int = Field(64, ge=1)
     """N: candidates drawn for one optimizer step, over all ranks."""
+    rows_per_rank: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
+    """Instead of a number of candidates: as many as fill so many rows on each rank, by the mean
+    length of the samples; auto: the fewest rows beyond which a step gets hardly cheaper in relation
+    to full training, by the formula of `slap-ds estimate`. The batch then grows with the ranks."""
     micro_batch_tokens: int = Field(2048, ge=2)
     """Tokens of one packed row, the unit of a forward and backward."""
     score_micro_batch_tokens: int | None = Field(None, ge=2)

@@ -110,6 +110,9 @@ def _child(
         work(place, lambda rows: connection.send_bytes(json.dumps(["progress", rows]).encode()))
     except MemoryError:
         failed = ["ValueError", f"out of memory at {place.get()}"]
+    except OSError as error:
+        name = None if error.filename is None else os.fsdecode(error.filename)
+        failed = ["OSError", [error.errno, error.strerror or str(error), name]]
     except Exception as error:
         failed = [type(error).__name__, str(error)]
     if failed is not None:
@@ -128,7 +131,10 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _rebuilt(kind: str, message: str) -> Exception:
+def _rebuilt(kind: str, message: Any) -> Exception:
+    if kind == "OSError":
+        number, text, name = message
+        return OSError(text) if number is None else OSError(number, text, name)
     made = getattr(builtins, kind, None)
     if isinstance(made, type) and issubclass(made, Exception):
         try:

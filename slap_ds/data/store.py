@@ -167,7 +167,12 @@ def build_store(
                 rows = read_sources(sources, format, limits, note)
                 _write(temporary, rows, template, max_tokens, over_length, report, place)
 
-            guarded(build, progress)
+            try:
+                guarded(build, progress)
+            except OSError as error:  # a full disk does not say which
+                if error.errno is None or error.filename is not None:
+                    raise
+                raise OSError(error.errno, error.strerror, str(folder.parent)) from None
             store = _publish(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,19 +1,22 @@
 """What ranks settle together before the first step.
 
 check_shared(run_dir, comm)              the run folder is one and the same on all nodes
+alone_in(run_dir, comm)                  nobody else writes into it meanwhile
 first_on_each_node(comm, phase, work)    data are read once a node, however long that takes
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from slap_ds.distributed.comm import Comm
 from slap_ds.errors import OtherRankFailed, RankError, mistake
@@ -24,6 +27,7 @@ Tell = Callable[[int], None]
 _DONE, _FAILED, _WORKING = 0, 1, 2
 _TELL_EVERY_S = 5.0
 _SEEN_WITHIN_S = 10.0
+_FREED_WITHIN_S = 5.0
 
 
 def check_shared(run_dir: Path, comm: Comm) -> None:
@@ -60,6 +64,57 @@ def check_shared(run_dir: Path, comm: Comm) -> None:
             f"run_dir {str(run_dir)!r} is another folder for {', '.join(blind[:4])} than for rank "
             "0: name one that all nodes share, by an absolute path"
         )
+
+
+@contextmanager
+def alone_in(run_dir: Path, comm: Comm) -> Iterator[None]:
+    """Hold the run folder meanwhile, so that no second run writes into it; all ranks call this.
+
+    Raises:
+        ValueError: another process holds it, on this machine or one that shares the folder.
+        OSError: rank 0 cannot write there.
+        OtherRankFailed: on the others, then.
+    """
+    lock, problem = None, None
+    if comm.rank == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = _locked(run_dir / ".lock")
+        except (OSError, ValueError) as error:
+            problem = error
+    if comm.texts(-1, "the lock of the run folder", "" if problem is None else "held")[0]:
+        raise problem or OtherRankFailed("rank 0 cannot have the run folder")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, open and locked until it is closed or its process ends."""
+    file = path.open("a+", encoding="utf-8")
+    until = time.monotonic() + _FREED_WITHIN_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < until:  # by an attempt that is ending
+                time.sleep(0.2)
+                continue
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(
+                f"run_dir {str(path.parent)!r} is in use by {holder}: wait until it has ended, or "
+                "choose another run_dir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def _holds(path: Path, text: str) -> bool:

@@ -32,6 +32,7 @@ from packaging.version import Version
 
 from slap_ds.doctor.interfaces import Interface
 from slap_ds.engine.build_locks import locks
+from slap_ds.errors import counted
 from slap_ds.launch.environment import discover, read_hostfile
 from slap_ds.ops import active_path
 
@@ -254,7 +255,11 @@ def hosts(hostfile: str, environ: Mapping[str, str] = os.environ) -> Iterator[Fi
     except (ValueError, OSError) as error:
         yield Finding("red", "hostfile", str(error))
         return
-    yield Finding("green", "hostfile", f"{len(slots)} hosts, {sum(slots.values())} ranks")
+    yield Finding(
+        "green",
+        "hostfile",
+        f"{counted(len(slots), 'host')}, {counted(sum(slots.values()), 'rank')}",
+    )
     if shutil.which("pdsh") is None:
         yield Finding("yellow", "pdsh", "not found: launch/multi_node.sh needs it; others do not")
     if shutil.which("ssh") is None:

@@ -15,6 +15,7 @@ from typing import Any
 from slap_ds.config.schema import Config
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine.base import Engine, TrainStats
+from slap_ds.engine.build_locks import built
 from slap_ds.engine.deterministic import make_deterministic
 from slap_ds.engine.plain import TorchEngine
 from slap_ds.engine.process_group import (
@@ -51,6 +52,7 @@ __all__ = [
     "TorchEngine",
     "TrainStats",
     "build_extensions",
+    "built",
     "limit_waiting",
     "logged_collectives",
     "make_engine",

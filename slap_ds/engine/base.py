@@ -82,9 +82,12 @@ class Engine(ABC):
             if request.blocks:
                 with self._whole(tail_parameters(self.model.lm, request.blocks)):
                     self.model.tail = Tail(self.model.lm, request.blocks)
-            for row in rows:
+            for i, row in enumerate(rows):
                 self.heart.beat("scoring a row")
-                parts.append(self._forward(row.to(self.device), "score", request))
+                # A row that is trained meets the head first.
+                kept = keep and i == len(rows) - 1
+                with self._head_kept() if kept else nullcontext():
+                    parts.append(self._forward(row.to(self.device), "score", request))
         if keep:
             self._inputs().check(self.model.lm)
         self.model.train()
@@ -110,7 +113,7 @@ class Engine(ABC):
         losses: list[Tensor] = []
         for i, row in enumerate(rows):
             self.heart.beat("training a row")
-            with watch("forward"):
+            with watch("forward"), self._head_kept():  # the backward begins with it
                 part = self._forward(row.to(self.device), "train", None)
             losses.append(part.detach().double())
             with watch("backward"):
@@ -162,6 +165,10 @@ class Engine(ABC):
 
     def _whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         """Inside, these parameters are whole on every rank."""
+        return nullcontext()
+
+    def _head_kept(self) -> AbstractContextManager[Any]:
+        """The head's weight stays whole after a forward inside, until it is used again."""
         return nullcontext()
 
     @abstractmethod

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
+import torch
 
 from slap_ds.compat import build_locks_outlive_their_holder
 
@@ -29,6 +30,14 @@ def locks(environ: Mapping[str, str]) -> tuple[Path, list[Path]]:
     if not folder.is_dir() or not build_locks_outlive_their_holder():
         return folder, []
     return folder, sorted(folder.glob("**/lock"))
+
+
+def built(environ: Mapping[str, str]) -> bool:
+    """Whether what DeepSpeed compiles at a start on this machine is there; a GPU needs nothing."""
+    if torch.cuda.is_available():
+        return True
+    folder = locks(environ)[0]
+    return any(folder.glob("**/deepspeed_shm_comm/*.so"))
 
 
 def refuse_stale_locks(environ: Mapping[str, str], patience_s: float = _PATIENCE_S) -> None:

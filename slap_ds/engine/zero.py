@@ -146,6 +146,11 @@ class DeepSpeedEngine(Engine):
         gathered: AbstractContextManager[Any] = GatheredParameters(parameters)
         return gathered
 
+    def _head_kept(self) -> AbstractContextManager[Any]:
+        if not self.partitioned:
+            return nullcontext()
+        return stay_gathered(self.model.lm.get_output_embeddings())
+
     def _forward(self, row: PackedRow, mode: str, request: ScoreRequest | None) -> Any:
         return self.engine(row, mode, request)
 

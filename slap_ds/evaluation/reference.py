@@ -11,6 +11,7 @@ import numpy as np
 from slap_ds.config.schema import Config
 from slap_ds.distributed.comm import Comm
 from slap_ds.files import write_text
+from slap_ds.train.inputs import check_trained
 from slap_ds.train.run import prepare
 from slap_ds.train.score_pass import score_pass
 
@@ -24,8 +25,10 @@ def write_losses(config: Config, out: Path, comm: Comm) -> int | None:
     Returns: how many; None on all ranks but 0.
 
     Raises:
-        ValueError: losses that are not finite, or what a run with this config raises.
+        ValueError: the config has no trained weights, losses are not finite, or what a run with
+            this config raises.
     """
+    check_trained(config, "losses")
     scratch = out.with_name(f".{out.name}.run")
     try:
         raw = config.model_dump(mode="json") | {"run_dir": str(scratch)}

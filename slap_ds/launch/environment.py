@@ -343,7 +343,7 @@ def read_hostfile(path: str) -> dict[str, int]:
         elif int(found[2]) == 0:
             problems.append(f"line {number}: {found[1]} has 0 slots: remove the line")
         elif found[1] in hosts:
-            problems.append(f"line {number}: {found[1]} stands here twice: one line for a host")
+            problems.append(f"line {number}: {found[1]} is listed twice: give each host one line")
         else:
             hosts[found[1]] = int(found[2])
     if problems:

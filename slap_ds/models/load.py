@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -253,6 +255,35 @@ def load_model(
             "packed, sdpa or eager"
         ) from None
     return model
+
+
+def check_weights(path: str) -> bool:
+    """Whether the weights of the model at `path` are on this machine, without reading them.
+
+    False: a hub's name, and they will be fetched.
+
+    Raises:
+        ValueError: a folder without whole safetensors files.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        either = ("model.safetensors", "model.safetensors.index.json")
+        return any(isinstance(try_to_load_from_cache(path, name), str) for name in either)
+    index = folder / "model.safetensors.index.json"
+    with whole_files("model.path", path):
+        names = {"model.safetensors"}
+        if index.is_file():
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        if lost := sorted(name for name in names if not (folder / name).is_file()):
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise ValueError(
+                f"model.path: {path!r} has no {lost[0]}{more}: copy or download the model's "
+                "safetensors files too (pickled .bin files are not read)"
+            )
+        for name in sorted(names):
+            with safe_open(folder / name, "pt"):  # its header says how long the file must be
+                pass
+    return True
 
 
 def _check_all_loaded(path: str, found: Mapping[str, Any]) -> None:

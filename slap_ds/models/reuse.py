@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from slap_ds.compat import version_of
 from slap_ds.data.packing import PackedRow
 from slap_ds.models.blocks import Args, Checkpointing, Named, Run, find_blocks, hidden_of, own
 from slap_ds.models.host_copies import Arriving, HostCopies
@@ -48,6 +49,8 @@ class BlockInputs(Checkpointing):
         self._rest: tuple[Any, ...] | None = None  # what blocks return beside hidden states
         self._changed = False  # whether a block was given something else than the one before left
         self._left: Tensor | None = None  # by the block before
+        self._embedded: tuple[Tensor, int] | None = None  # by the embedding, and its version then
+        self._embeds = False  # whether the first block is given just that, and the record is near
         self._spans: dict[int, tuple[int, int, int]] = {}  # position -> row, start, end
         self._recorded: list[list[Tensor]] = []  # [boundary 0..L][scored row] -> (T, E)
         # [row to replay][boundary 0..L] -> pieces of (T, E), one unless they lie on the host
@@ -61,7 +64,7 @@ class BlockInputs(Checkpointing):
         self.mode = "score"
         self._spans, self._cuts, self._current, self._rows = {}, [], [], []
         self._recorded = [[] for _ in range(self._last + 2)]
-        self._changed = False
+        self._changed, self._embeds = False, not self.on_host
         self.peak_bytes = 0
 
     def check(self, lm: nn.Module) -> None:
@@ -155,9 +158,34 @@ class BlockInputs(Checkpointing):
         out = _Replay.apply(hidden, before, after, again)  # type: ignore[no-untyped-call]
         return out if self._rest is None else (out, *self._rest)
 
+    def embed(self, embedding: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+        """What the input embedding returns: computed, or as it was recorded, where the first block
+        is given just that. Its weights then are whole in the backward alone."""
+        if self.mode != "replay" or not self._embeds:
+            out = run()
+            if self.mode == "score":
+                self._embedded = out, version_of(out)
+            return out
+        known = self._current[0].tensor[None].detach()
+        if not any(weight.requires_grad for weight in embedding.parameters()):
+            return known.requires_grad_(True)
+
+        def again(_: Tensor) -> Tensor:
+            with self.held(embedding):
+                return run()
+
+        nothing = known.new_empty(0, requires_grad=True)
+        replayed: Tensor = _Replay.apply(nothing, nothing, known, again)  # type: ignore[no-untyped-call]
+        return replayed
+
     def _score(self, i: int, hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
         """Keep what block `i` is given, and what the last one returns."""
         self._record(i, hidden)
+        if i == 0:
+            out, version = self._embedded or (None, 0)
+            same = out is not None and hidden.data_ptr() == out.data_ptr()
+            self._embeds &= same and version_of(hidden) == version
+            self._embedded = None
         if i > 0 and (self._left is None or hidden.data_ptr() != self._left.data_ptr()):
             self._changed = True
         out = run(hidden)
@@ -179,6 +207,19 @@ class BlockInputs(Checkpointing):
         spans = [self._spans[position] for position in row.where]
         pieces = [scored[number][start:end] for number, start, end in spans]
         return pieces if self.on_host else [torch.cat(pieces)]
+
+
+class _Embedding:
+    """The boundary of the input embedding."""
+
+    def __init__(self, inputs: BlockInputs) -> None:
+        self._inputs = inputs
+
+    def call(self, block: nn.Module, run: Run, args: Args, named: Named) -> Any:
+        return self._inputs.embed(block, lambda: run(*args, **named))
+
+    def compute(self, block: nn.Module, run: Run, args: Args, named: Named) -> Any:
+        return run(*args, **named)
 
 
 class _Replay(torch.autograd.Function):
@@ -234,6 +275,10 @@ def install(lm: Any, on_host: bool = False) -> BlockInputs:
     inputs = BlockInputs(blocks, on_host)
     for block in blocks:
         own(block, inputs)
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    # A tied weight takes both gradients in one backward of the row, not this one by itself.
+    if not {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}:
+        own(embedding, _Embedding(inputs))
     return inputs
 
 

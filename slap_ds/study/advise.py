@@ -116,7 +116,7 @@ def measure(run: Run, config: Config, question: Question) -> dict[str, Any]:
         "rows": len(store),
         "drawn": len(drawn),
         "keep": selection.keep,
-        "passes": _passes(config, len(store)),
+        "passes": _passes(run.config, len(store)),
         "copies": _copies(store, drawn, generator),
         "wrong": None if wrong is None else vars(wrong),
         "suspects": [_text(run, int(i)) for i in worst],

@@ -1,26 +1,20 @@
-"""What is checked before the first step, with weights and without."""
+"""What is checked of a model before the first step."""
 
 from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import torch
 
-from slap_ds.config.deepspeed import resolve_deepspeed
-from slap_ds.config.schema import Config
 from slap_ds.data.packing import Candidate, make_row
 from slap_ds.engine import Engine
 from slap_ds.launch.environment import ranks_said
 from slap_ds.models.reuse import host_boundary_bytes
 from slap_ds.scoring import ScoreRequest
-from slap_ds.selection import make_selector
-from slap_ds.train.inputs import make_parts, read_inputs
-from slap_ds.train.schedule import budget_at
 
 if TYPE_CHECKING:
     from slap_ds.train.run import Run
@@ -122,34 +116,3 @@ def check_boundaries(run: Run) -> None:
             f"{free / 2**30:.1f} GiB are free for them on the {'host' if on_host else 'device'}: "
             "lower batch.candidates, use step.boundaries: host, or step.forward: separate"
         )
-
-
-def dry_run(config: Config) -> dict[str, Any]:
-    """Everything short of weights: returns what the run would do, for printing.
-
-    Raises:
-        ValueError, FileNotFoundError: what `prepare` would raise.
-    """
-    make_selector(config.selection.model_dump())
-    # The folder of a run that has begun keeps the rejects of what it trains on.
-    begun = (Path(config.run_dir) / "metrics.jsonl").exists()
-    inputs = read_inputs(config, write_rejects=not begun)
-    stream, _, selector = make_parts(config, inputs.train)
-    text = inputs.model_config.get_text_config()
-    if config.engine.kind == "deepspeed":
-        resolve_deepspeed(config, 1, text.hidden_size)
-    middle, candidates = len(stream) // 2, config.batch.candidates
-    budget = budget_at(middle, len(stream), candidates, config, selector)
-    return {
-        "training samples": len(inputs.train),
-        "evaluation samples": len(inputs.eval) if inputs.eval else 0,
-        "tokens": int(inputs.train.lengths.sum()),
-        "trained tokens": int(inputs.train.trained_tokens.sum()),
-        "rejected rows": inputs.train.counts.rejected,
-        "steps": len(stream),
-        "candidates per step": config.batch.candidates,
-        "trained per step": budget,
-        "epochs of candidates": round(stream.total / len(inputs.train), 2),
-        "model": f"{inputs.model_config.model_type}, {text.num_hidden_layers} blocks of width "
-        f"{text.hidden_size}, vocabulary {text.vocab_size}",
-    }

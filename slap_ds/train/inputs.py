@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from slap_ds.checkpoint import find as checkpoints
 from slap_ds.config.schema import Config
 from slap_ds.data.kept_tokenizer import check_tokenizer
 from slap_ds.data.sources import Limits
 from slap_ds.data.store import TokenStore, build_store
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
+from slap_ds.estimate import Shape
+from slap_ds.estimate.advice import FILLED, fewest_rows
 from slap_ds.models.load import check_fit, check_window, load_config, load_tokenizer
 from slap_ds.scoring import Scorer, ScoringPlan
 from slap_ds.selection import Course, Selector, make_selector
@@ -89,6 +92,26 @@ def read_inputs(
     return Inputs(model_config, tokenizer, train, held_out, validation)
 
 
+def check_trained(config: Config, command: str) -> None:
+    """Refuse to score with fresh weights, whose losses say nothing of any sample.
+
+    Raises:
+        ValueError: the config has `model.config`.
+    """
+    if config.model.path is not None:
+        return
+    run_dir = config.run_dir
+    name = "MODEL_FOLDER"
+    remedy = "train first, or name a model"
+    if checkpoints.find(Path(run_dir)):
+        name = f"{run_dir}/model"
+        remedy = f"`slap-ds export {run_dir}` gives this run's"
+    raise ValueError(
+        f"{command} scores with a model, and model.config makes one of random weights: {remedy}, "
+        f"and add --model.config null --model.path {name}"
+    )
+
+
 def _cache_dir(config: Config) -> Path:
     if given := config.data.cache_dir or os.environ.get("SLAP_CACHE_DIR"):
         return Path(given)
@@ -99,6 +122,34 @@ def _cache_dir(config: Config) -> Path:
             "this user has no home folder, so there is no place for tokenised data: set"
             " data.cache_dir or SLAP_CACHE_DIR"
         ) from None
+
+
+def settle_candidates(
+    config: Config, model_config: Any, sample_tokens: float, response_share: float, ranks: int
+) -> Config:
+    """`config` with the candidates that `batch.rows_per_rank` asks for, if it asks.
+
+    Args:
+        sample_tokens: mean tokens of a sample. response_share: of them that are trained.
+    """
+    rows = config.batch.rows_per_rank
+    if rows is None:
+        return config
+    if rows == "auto":
+        shape = Shape.of(model_config, config.model.lora)
+        rows = fewest_rows(config, shape, sample_tokens, response_share, ranks)
+    tokens = FILLED * rows * ranks * config.batch.micro_batch_tokens
+    changes = {"candidates": max(1, round(tokens / sample_tokens)), "rows_per_rank": rows}
+    return config.model_copy(update={"batch": config.batch.model_copy(update=changes)})
+
+
+def settled(config: Config, inputs: Inputs, ranks: int) -> Config:
+    """The same by the samples that were read."""
+    lengths, trained = inputs.train.lengths, inputs.train.trained_tokens
+    if config.batch.rows_per_rank is None or not len(lengths):
+        return config
+    share = float(trained.sum() / lengths.sum())
+    return settle_candidates(config, inputs.model_config, float(lengths.mean()), share, ranks)
 
 
 def make_parts(config: Config, store: TokenStore) -> tuple[CandidateStream, Scorer, Selector]:

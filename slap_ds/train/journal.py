@@ -37,7 +37,7 @@ class Journal:
         if run.changed:
             self._write("metrics", {"event": "settings", "step": first - 1, "changed": run.changed})
             for key, (was, now) in run.changed.items():
-                self.progress.note(f"goes on from step {first} with {key} {now}, was {was}")
+                self.progress.note(f"continues from step {first} with {key} {now} (it was {was})")
         if first >= len(run.stream):
             self.progress.note(
                 f"{run.run_dir} has done {first} of {len(run.stream)} steps, nothing is left to "

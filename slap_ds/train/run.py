@@ -22,7 +22,7 @@ from slap_ds.engine import Engine, limit_waiting, make_engine, start_ranks, writ
 from slap_ds.scoring import Scorer
 from slap_ds.selection import Selector, make_selector
 from slap_ds.train.checks import check_boundaries, check_head, check_isolation, check_reuse
-from slap_ds.train.inputs import Inputs, make_parts, read_inputs
+from slap_ds.train.inputs import Inputs, make_parts, read_inputs, settled
 
 
 @dataclass
@@ -103,13 +103,17 @@ class Run:
 
 
 def prepare(
-    config: Config, comm: Comm | None = None, read: Callable[[Config], Inputs] | None = None
+    config: Config,
+    comm: Comm | None = None,
+    read: Callable[[Config], Inputs] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Run:
     """Join the other ranks, read the data, build the engine and resume.
 
     Args:
         comm: if the ranks have been joined already.
         read: gives the inputs; default: `read_inputs`.
+        tell: is told what begins, where that takes long.
 
     Raises:
         ValueError, FileNotFoundError: a mistake of the user's, in one line.
@@ -119,15 +123,18 @@ def prepare(
     run_dir = Path(config.run_dir)
     check_shared(run_dir, comm)
     newest = _newest_checkpoint(config, comm)
+    tell("reads the data")
     inputs = first_on_each_node(
-        comm, "data", lambda tell: read(config) if read else read_inputs(config, tell)
+        comm, "data", lambda count: read(config) if read else read_inputs(config, count)
     )
     comm.agree(-1, "the training data", inputs.train.fingerprint)
+    config = settled(config, inputs, comm.world)
     stream, scorer, selector = make_parts(config, inputs.train)
     if newest is not None:
         facts = facts_of(config, inputs.model_config, inputs.train.fingerprint)
         check_matches(newest, comm.world, facts, config.checkpoint.reshard)
     comm.heart.beat("building the engine")
+    tell(f"loads {config.model.path or 'a fresh model'}")
     engine = make_engine(config, inputs.model_config, comm)
     run = Run(config, comm, inputs, engine, stream, scorer, selector)
     if run.reuses and selector.needs:

@@ -1,7 +1,10 @@
 """The command line: one clear line and a non-zero exit for every mistake; whole short runs."""
 
 import json
+import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,11 @@ import yaml
 
 from slap_ds.checkpoint import find as checkpoint
 from slap_ds.cli import main
+from slap_ds.config.file import _ELSEWHERE, config_keys, read_config
+from slap_ds.config.schema import Config
+from slap_ds.jsonl import read_lines
 from slap_ds.models.load import DEMO_TOKENIZER
+from slap_ds.train.inputs import read_inputs
 from tests.recipes import tiny_config, tiny_model
 
 pytestmark = pytest.mark.lane
@@ -66,6 +73,19 @@ def rows(tmp_path, *rows) -> list[str]:
 
 TOTALS = ("picked", "trained_tokens", "flops", "step_s", "score_s", "selection_s")
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+
+
+def test_names_of_other_trainers_and_a_text_for_a_list(capsys, write):
+    told = fails(capsys, "train", write(), "--learning_rate", "1e-4", "--output_dir", "x")
+    assert "learning_rate: unknown key; did you mean optimizer.lr?" in told
+    assert "output_dir: unknown key; did you mean run_dir?" in told
+    told = fails(capsys, "train", write(), "--data.train", "a.jsonl")
+    assert "data.train: expected a list, found one text: write [a.jsonl]" in told
+
+
+def test_every_name_of_others_leads_to_a_setting():
+    assert set(_ELSEWHERE.values()) <= {key for key, _ in config_keys()}
+    assert not set(_ELSEWHERE) & set(Config.model_fields)
 
 
 def test_mistakes_in_the_file(capsys, write):
@@ -217,6 +237,8 @@ def test_the_exported_model_is_the_trained_one(write, tmp_path):
 
     main(["train", write()])
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    readable = (tmp_path / "run" / "metrics.jsonl").stat().st_mode
+    assert {f.stat().st_mode for f in (tmp_path / "out").iterdir() if f.is_file()} == {readable}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     trained = whole_weights(checkpoint.find(tmp_path / "run")[-1].folder)
     for name, value in loaded.state_dict().items():
@@ -237,6 +259,94 @@ def test_dry_run_trains_nothing(capsys, write, tmp_path):
     main(["train", write(), "--dry-run"])
     assert "candidates per step  16" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def noted(capsys, *arguments: str) -> str:
+    """What `train --dry-run` prints."""
+    capsys.readouterr()
+    main(["train", *arguments, "--dry-run"])
+    return capsys.readouterr().out
+
+
+def test_dry_run_says_what_is_odd(capsys, write, tmp_path):
+    plain = noted(capsys, write(steps=3))
+    assert "note:" not in plain
+    assert re.search(r"memory +2.\d of \d+ GiB a GPU", plain)
+    assert "for 3 checkpoints" in plain
+    assert re.search(r"on 8 \S+ .*by formula", noted(capsys, write(steps=3), "--gpus", "8"))
+    told = noted(capsys, write(steps=3), "--optimizer.warmup_steps", "3")
+    assert "note: optimizer.warmup_steps is 3 and the run has 3 steps" in told
+    told = noted(capsys, write(steps=3), "--batch.candidates", "5000")
+    assert re.search(r"note: batch.candidates is 5000 and there are \d+ samples", told)
+    told = noted(capsys, write(data__eval=["builtin:demo/train"]))
+    assert re.search(r"note: (\d+) of \1 evaluation samples are trained on", told)
+    told = noted(capsys, write(data__over_length="truncate"), "--data.max_tokens", "24")
+    cut, lost = re.search(r"cut to max_tokens +(\d+)\n +left out .* (\d+) without", told).groups()
+    assert int(cut) > 0
+    assert int(lost) > 0
+    data = rows(tmp_path, *[GOOD] * 30, {"messages": []}, {"other": 1})
+    told = noted(capsys, write(data__train=data, data__max_reject_share=0.5))
+    assert f"rejected rows  2 ({tmp_path / 'run' / 'rejects.jsonl'})" in told
+    assert "rows.jsonl, line 31: " in told
+    assert "rows.jsonl, line 32: " in told
+
+
+def test_dry_run_knows_a_run_that_is_there(capsys, write, tmp_path):
+    main(["train", write(checkpoint__every=1)])
+    assert "has done 2 of 2 steps: it is finished" in noted(capsys, write())
+    assert "continues after step 2" in noted(capsys, write(steps=5))
+
+
+@pytest.mark.parametrize("command", [["--dry-run"], []])
+def test_weights_that_are_not_there(capsys, write, model, tmp_path, command):
+    """Found without reading them; `train` says so too."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    weights = folder / "model.safetensors"
+    path = write(steps=3, model__path=str(folder))
+    assert "note:" not in noted(capsys, path)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-5])
+    assert "is cut off or damaged" in fails(capsys, "train", path, *command)
+    weights.unlink()
+    told = fails(capsys, "train", path, *command)
+    assert str(folder) in told
+    assert "safetensors" in told
+
+
+def test_estimate_counts_the_runs_own_data(capsys, write):
+    def told(*more):
+        capsys.readouterr()
+        main(["estimate", write(steps=None, epochs=3), "--gpus", "1", "8", *more])
+        return capsys.readouterr().out
+
+    out = told()
+    store = read_inputs(read_config(write()), write_rejects=False).train
+    assert f"{store.lengths.mean():.0f} tokens a sample" in out
+    assert f"counted in {len(store):,} samples" in out
+    assert "400 TFLOP/s a GPU, weights gathered at 200 GB/s" in out
+    steps = math.ceil(3 * len(store) / 16)
+    assert re.search(rf"│ steps +│ +{steps:,} │ +{steps:,} │", out)
+    assert re.search(r"│ candidates a step +│ +16 │ +16 │", out)
+    assert re.search(r"B200, 178 GiB free +│ +fits │ +fits │", out)
+    out = told("--candidates-per-gpu", "16", "--sample-tokens", "700")
+    assert "700 tokens a sample" in out
+    assert re.search(r"│ candidates a step +│ +16 │ +128 │", out)
+    assert re.search(r"hours, without evaluation +│ +data not read", out)
+    out = told("--data.train", "[nowhere.jsonl]")
+    assert "assumed, for the data cannot be read (" in out
+    assert "nowhere.jsonl" in out
+
+
+def test_rows_per_rank_takes_the_candidates_that_fill_them(write, tmp_path):
+    main(["train", write(batch__rows_per_rank=2)])
+    run = read_config(str(tmp_path / "run" / "config.yaml"))
+    store = read_inputs(run, write_rejects=False).train
+    filled = run.batch.candidates * store.lengths.mean() / run.batch.micro_batch_tokens
+    assert filled == pytest.approx(0.9 * 2, rel=0.05)
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    trained = [r for r in records if r["event"] == "train"]
+    assert {r["candidates"] for r in trained} == {run.batch.candidates}
 
 
 def test_a_projection_that_narrows_nothing_is_refused(capsys, write):

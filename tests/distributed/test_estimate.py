@@ -8,6 +8,7 @@ import torch
 
 from slap_ds.config.schema import Config
 from slap_ds.estimate import GRADIENTS, OPTIMIZER, WEIGHTS, Shape, estimate
+from slap_ds.estimate.outlook import checkpoint_bytes
 from slap_ds.models.load import load_config
 from tests.ranks import run_ranks
 from tests.recipes import tiny_config, tiny_model
@@ -74,6 +75,14 @@ def test_what_deepspeed_holds_is_what_is_estimated(case, runs):
     parts = [WEIGHTS, GRADIENTS, OPTIMIZER]
     expected = 2**30 * sum(e.memory_gib.get(p, 0) + e.host_gib.get(p, 0) for p in parts)
     assert held == pytest.approx([expected, expected], rel=0.03)
+
+
+@pytest.mark.parametrize("case", ["zero 1", "zero 2 float32", "zero 3"])
+def test_a_checkpoint_takes_what_is_estimated(case, runs):
+    config, _ = runs[case]
+    files = [f for f in (Path(config.run_dir) / "checkpoints").rglob("*") if f.is_file()]
+    expected = checkpoint_bytes(config, Shape.of(load_config(config.model.path, None)))
+    assert sum(f.stat().st_size for f in files) == pytest.approx(expected, rel=0.03)
 
 
 def _all_held(configs: list[Config]) -> list[int]:

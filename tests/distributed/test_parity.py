@@ -194,7 +194,7 @@ def test_a_checkpoint_of_other_ranks_is_refused(models, tmp_path):
     config = tiny_config(models["llama"], tmp_path / "run", steps=2)
     run_ranks(run_config, 1, config)
     told = run_ranks(_error_of_run, 2, config)
-    assert all("saved by 1 ranks, this run has 2" in text for text in told)
+    assert all("saved by 1 rank, this run has 2" in text for text in told)
 
 
 def _error_of_run(config: Config) -> str:

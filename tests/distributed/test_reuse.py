@@ -11,6 +11,8 @@ from slap_ds.cli import main
 from slap_ds.config.deepspeed import DEFAULT_DEEPSPEED
 from slap_ds.config.file import write_config
 from slap_ds.config.schema import Config
+from slap_ds.estimate import Shape, row_gathers
+from slap_ds.models.load import load_config
 from tests.ranks import run_ranks
 from tests.recipes import losses, picks, run_config, tiny_config, tiny_model
 
@@ -136,8 +138,11 @@ def test_reuse_gathers_no_more_than_full_training(models, tmp_path):
     assert found["reuse"]["calls"] <= found["full"]["calls"], found
 
 
-def block_gathers(c: Config) -> dict[str, float]:
-    """How often the second step gathers the weights of all blocks, by phase; and by whose order."""
+def gathers_by_part(c: Config) -> dict[str, float]:
+    """How often the third step gathers the weights of embedding, blocks and head, by phase.
+
+    Also how many rows it trained, and how many weights were gathered without a recorded order.
+    """
     from deepspeed.runtime.zero import partitioned_param_coordinator as deepspeed_gathers
 
     from slap_ds.data.batch import CandidateBatch
@@ -146,18 +151,29 @@ def block_gathers(c: Config) -> dict[str, float]:
     from slap_ds.train.run import prepare
 
     run = prepare(c)
-    engine = run.engine
-    sizes = {p.ds_id: p.ds_numel for b in find_blocks(engine.model.lm) for p in b.parameters()}
+    engine, lm = run.engine, run.engine.model.lm
+    parts = {
+        "embedding": [lm.get_input_embeddings().weight],
+        "blocks": [p for block in find_blocks(lm) for p in block.parameters()],
+        "head": [lm.get_output_embeddings().weight],
+    }
+    shares = {
+        p.ds_id: (name, p.ds_numel / sum(x.ds_numel for x in weights))
+        for name, weights in parts.items()
+        for p in weights
+    }
     kind = deepspeed_gathers.PartitionedParameterCoordinator
     name = "_PartitionedParameterCoordinator__all_gather_params_"
     gather, forward, backward = getattr(kind, name), engine._forward, engine._backward
-    found, phase = {"rows": 0, "without order": 0}, ""
+    found, phase, gathered = {}, "", 0
 
     def counted(self, weights, *rest, **named):
+        nonlocal gathered
         for weight in weights:
             if weight.ds_status == deepspeed_gathers.ZeroParamStatus.NOT_AVAILABLE:
-                size = sizes.get(weight.ds_id, 0) / sum(sizes.values())
-                found[phase] = found.get(phase, 0) + size
+                gathered += weight.ds_numel
+                part, share = shares.get(weight.ds_id, ("rest", 1))
+                found[f"{part}, {phase}"] = found.get(f"{part}, {phase}", 0) + share
                 found["without order"] += not self.is_complete_trace()
         return gather(self, weights, *rest, **named)
 
@@ -174,17 +190,22 @@ def block_gathers(c: Config) -> dict[str, float]:
 
     setattr(kind, name, counted)
     engine._forward, engine._backward = forward_of, backward_of
-    for step in range(2):
+    for step in range(3):
         found.clear()
+        gathered = 0
         found |= {"rows": 0, "without order": 0}
         train_step(run, step, CandidateBatch(run.inputs.train, next(run.stream)))
-    return {key: round(value, 9) for key, value in found.items()}
+    named = {key: round(v, 9) for key, v in found.items() if not key.startswith("rest")}
+    model_size = sum(p.ds_numel for p in lm.parameters())
+    return {**named, "whole": gathered / model_size}
 
 
+@pytest.mark.parametrize("form", ["llama", "tied"])
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_single_row_gathers_its_blocks_as_often_as_full_training(world, models, tmp_path):
-    """Once in scoring, never in the replayed forward, once for recompute and gradient together."""
+def test_a_single_row_gathers_no_more_than_full_training(form, world, models, tmp_path):
+    """Of embedding, blocks and head; of the final norm, which stays by default, it does."""
     settings = json.loads(DEFAULT_DEEPSPEED.read_text())
+    # As for a model that does not fit: nothing stays gathered between forward and backward.
     settings["zero_optimization"] |= {
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,
@@ -194,7 +215,7 @@ def test_a_single_row_gathers_its_blocks_as_often_as_full_training(world, models
     found = {}
     for name, selection in {"full": {"method": "full"}, "reuse": {"keep": 0.6}}.items():
         c = config(
-            models["llama"],
+            models[form],
             tmp_path / name,
             "reuse",
             engine={"deepspeed": str(tmp_path / "ds.json")},
@@ -208,15 +229,23 @@ def test_a_single_row_gathers_its_blocks_as_often_as_full_training(world, models
                 )
             }
         )
-        found[name] = run_ranks(block_gathers, world, c)[0]
-    assert found["full"] == {"rows": 1, "without order": 0, "train forward": 1, "backward": 1}
-    assert found["reuse"] == {
-        "rows": 1,
-        "without order": 0,
-        "score forward": 1,
-        "train forward": 0,  # the head's and the embedding's own weights
-        "backward": 1,
+        found[name] = run_ranks(gathers_by_part, world, c)[0]
+    shape = Shape.of(load_config(models[form], None))
+    once = {
+        "full": dict.fromkeys(["train forward", "backward"], 1),
+        "reuse": dict.fromkeys(["score forward", "backward"], 1),
     }
+    for name, by_phase in once.items():
+        # The head is met last in the forward and first in the backward: one gather serves both, and
+        # of a scored row its first replayed one too. Nothing else is used in a replayed forward.
+        expected = {f"{part}, {p}": 1 for part in ("embedding", "blocks") for p in by_phase}
+        expected |= {f"head, {next(iter(by_phase))}": 1}
+        if form == "tied":  # its one weight is counted as the head's
+            expected = {key.replace("embedding", "head"): 1 for key in expected}
+        # So `slap-ds estimate` has it, which leaves out the norms.
+        whole = sum(row_gathers(shape, int(name == "reuse"), 1, name == "reuse"))
+        assert found[name].pop("whole") == pytest.approx(whole, abs=0.01)
+        assert found[name] == {"rows": 1, "without order": 0, **expected}, name
 
 
 def forget_one_block(monkeypatch):

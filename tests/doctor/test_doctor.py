@@ -220,7 +220,7 @@ def test_fault_port_taken(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("node1 slots=2\nnode1 slots=2\n", "line 2: node1 stands here twice"),
+        ("node1 slots=2\nnode1 slots=2\n", "line 2: node1 is listed twice"),
         ("node1 slots=0\n", "line 1: node1 has 0 slots"),
         ("node1 slots=two\n", "expected `HOST slots=GPUS`"),
         ("", "names no host"),

@@ -230,7 +230,7 @@ def test_bad_host_files_start_nothing(launch, script, tmp_path):
     ("text", "words"),
     [
         ("", "names no host"),
-        ("gpu1 slots=2\ngpu1 slots=2", "line 2: gpu1 stands here twice"),
+        ("gpu1 slots=2\ngpu1 slots=2", "line 2: gpu1 is listed twice"),
         ("gpu1 slots=0", "line 1: gpu1 has 0 slots"),
         ("gpu1", "line 1: found 'gpu1', expected `HOST slots=GPUS`"),
         ("gpu1 slots=8 max_slots=9", "line 1: found 'gpu1 slots=8 max_slots=9'"),

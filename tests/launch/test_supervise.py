@@ -284,7 +284,7 @@ def test_a_killed_supervisor_takes_its_launcher_along(launch, tmp_path):
     ("text", "words"),
     [
         (None, "no hostfile at"),
-        ("a slots=2\na slots=2\n", "line 2: a stands here twice"),
+        ("a slots=2\na slots=2\n", "line 2: a is listed twice"),
         ("a slots=0\n", "a has 0 slots"),
         ("a slots=2 please\n", "found 'a slots=2 please'"),
         ("# nobody\n", "names no host"),

@@ -336,6 +336,41 @@ def test_block_inputs_are_used_only_after_they_have_come_back():
     assert torch.equal(gradients[LateCopies], gradients[HostCopies])
 
 
+def doubled_in_place(lm):
+    rotary, plain = lm.model.rotary_emb, lm.model.rotary_emb.forward
+    rotary.forward = lambda x, *rest, **named: plain(x.mul_(2), *rest, **named)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "skipped"),
+    [("llama", None, True), ("llama", doubled_in_place, False), ("granite", None, False)],
+)
+def test_an_embedding_is_left_out_only_where_the_first_block_is_given_just_that(
+    kind, change, skipped
+):
+    """Granite scales it; a replayed row's gradients are those of an ordinary one in any case."""
+    gradients, called = [], {False: 0, True: 0}
+    for replayed in (False, True):
+        lm = small(kind, **({"embedding_multiplier": 3.0} if kind == "granite" else {})).train()
+        inputs = install(lm)
+        if change is not None:
+            change(lm)
+        model = PackedCausalLM(lm, 8, inputs)
+        if replayed:
+            inputs.start_scoring()
+            with torch.no_grad():
+                model(row(7, 5), "score", ScoreRequest())
+            inputs.start_replay([row(7, 5)])
+        lm.get_input_embeddings().register_forward_hook(
+            lambda *_, replayed=replayed: called.__setitem__(replayed, called[replayed] + 1)
+        )
+        loss = model(row(7, 5), "train")
+        assert called == {False: 1, True: int(replayed and not skipped)}
+        loss.backward()
+        gradients.append([p.grad for p in lm.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_the_optimizer_steps_without_block_inputs(tmp_path):
     config = tiny_config(
         tiny_model(tmp_path / "model"),

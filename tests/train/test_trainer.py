@@ -69,7 +69,7 @@ def test_what_was_changed_since_the_checkpoint_is_told_and_kept(model, tmp_path,
     changes = {"selection": {"method": "random", "keep": 0.5}, "optimizer": {"lr": 5e-4}}
     run_config(small_run(model, tmp_path, steps=4, evaluation={"every": 2}, **changes))
     said = " ".join(capfd.readouterr().err.split())
-    assert "goes on from step 2 with selection.keep 0.5, was 0.6" in said
+    assert "continues from step 2 with selection.keep 0.5 (it was 0.6)" in said
     (record,) = [r for r in read_lines(tmp_path / "metrics.jsonl") if r["event"] == "settings"]
     assert record["step"] == 1
     assert record["changed"] == {
