@@ -136,7 +136,7 @@ class SelectionConfig(Section):
     method: str = "sampled"
     """The selector, a key of slap_ds.selection.SELECTORS (docs/baselines.md): sampled, slap,
     random, full, hard, easy, el2n, grand, ccs, moderate, infobatch, selective_backprop, rho_loss,
-    divbs, adacore, k_center, uds, greats."""
+    divbs, adacore, k_center, uds, greats; or one from elsewhere (docs/api.md)."""
     keep: float = Field(0.6, gt=0, le=1)
     """Keep ratio M / N in (0, 1]; the pruning rate is 1 - keep."""
     warmup: float = Field(0.0, ge=0, le=1)
@@ -156,6 +156,8 @@ class SelectionConfig(Section):
     uds: UdsConfig = UdsConfig()
     greats: GreatsConfig = GreatsConfig()
     sampled: SampledConfig = SampledConfig()
+    options: dict[str, Any] = Field({})
+    """Settings of a selector from elsewhere, which it is made with."""
 
 
 class ScoringConfig(Section):

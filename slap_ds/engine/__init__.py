@@ -19,6 +19,7 @@ from slap_ds.engine.deterministic import make_deterministic
 from slap_ds.engine.plain import TorchEngine
 from slap_ds.engine.process_group import (
     build_extensions,
+    joined_ranks,
     limit_waiting,
     logged_collectives,
     start_ranks,
@@ -51,6 +52,7 @@ __all__ = [
     "TorchEngine",
     "TrainStats",
     "build_extensions",
+    "joined_ranks",
     "limit_waiting",
     "logged_collectives",
     "make_engine",

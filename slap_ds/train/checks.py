@@ -139,7 +139,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     if config.engine.kind == "deepspeed":
         resolve_deepspeed(config, 1, text.hidden_size)
     middle, candidates = len(stream) // 2, config.batch.candidates
-    budget = budget_at(middle, len(stream), candidates, config, selector)
+    budget = budget_at(middle, len(stream), candidates, config.selection, selector)
     return {
         "training samples": len(inputs.train),
         "evaluation samples": len(inputs.eval) if inputs.eval else 0,

@@ -8,7 +8,7 @@ eval_samples.jsonl   with evaluation.keep_losses: every sample's loss
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,10 +19,12 @@ from slap_ds.train.run import Run
 
 
 class Journal:
-    """Rank 0 writes; on the others every method does nothing."""
+    """Rank 0 writes, and tells the callbacks; on the others every method does nothing."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(
+        self, run: Run, callbacks: Sequence[Callable[[Mapping[str, Any]], object]] = ()
+    ) -> None:
+        self.run, self.callbacks = run, callbacks
         self.writes = run.comm.rank == 0
         first = run.state.step
         self.progress = Progress(len(run.stream), first, visible=self.writes)
@@ -80,5 +82,10 @@ class Journal:
             self._write("metrics", records.pop(0))
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
-        if name in self._files:
-            self._files[name].write(record)
+        if name not in self._files:
+            return
+        self._files[name].write(record)
+        if name == "metrics":
+            # All of them are asked. The other ranks hear of a stop in the next step.
+            answers = [callback(record) for callback in self.callbacks]
+            self.run.comm.heart.stop |= any(answer is True for answer in answers)
