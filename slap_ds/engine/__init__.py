@@ -14,7 +14,7 @@ from typing import Any
 
 from slap_ds.config.schema import Config
 from slap_ds.distributed.comm import Comm
-from slap_ds.engine.base import Engine, TrainStats
+from slap_ds.engine.base import Engine, ScoringEngine, TrainStats
 from slap_ds.engine.deterministic import make_deterministic
 from slap_ds.engine.plain import TorchEngine
 from slap_ds.engine.process_group import (
@@ -49,6 +49,7 @@ __all__ = [
     "Engine",
     "PortTaken",
     "RankError",
+    "ScoringEngine",
     "TorchEngine",
     "TrainStats",
     "build_extensions",
