@@ -312,6 +312,15 @@ class ProfileConfig(Section):
         return value
 
 
+class TrackingConfig(Section):
+    """`tracking`: under which names the trackers of `report_to` show a run."""
+
+    project: str = Field("slap_ds", min_length=1)
+    """Project of W&B and Trackio, experiment of MLflow."""
+    name: str | None = None
+    """Name of the run there; default: that of its folder."""
+
+
 class Config(Section):
     """A run."""
 
@@ -323,6 +332,9 @@ class Config(Section):
     """Instead of steps: passes over the candidates."""
     seed: int = Field(0, ge=0)
     """Seed of the order of candidates, of selection and of fresh weights."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
+    """Trackers that get losses, evaluations, speeds and what was selected (docs/trackers.md);
+    accounts and servers are those of the environment."""
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig = BatchConfig()
@@ -334,6 +346,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("run_dir")
     @classmethod

@@ -21,6 +21,7 @@ from slap_ds.scoring import ScoreRequest
 from slap_ds.selection import make_selector
 from slap_ds.train.inputs import make_parts, read_inputs
 from slap_ds.train.schedule import budget_at
+from slap_ds.train.trackers import check_trackers
 
 if TYPE_CHECKING:
     from slap_ds.train.run import Run
@@ -131,6 +132,7 @@ def dry_run(config: Config) -> dict[str, Any]:
         ValueError, FileNotFoundError: what `prepare` would raise.
     """
     make_selector(config.selection.model_dump())
+    check_trackers(config)
     # The folder of a run that has begun keeps the rejects of what it trains on.
     begun = (Path(config.run_dir) / "metrics.jsonl").exists()
     inputs = read_inputs(config, write_rejects=not begun)

@@ -16,6 +16,7 @@ from slap_ds.jsonl import JsonLines
 from slap_ds.train.progress import Progress
 from slap_ds.train.record import StepRecord
 from slap_ds.train.run import Run
+from slap_ds.train.trackers import Trackers
 
 
 class Journal:
@@ -33,6 +34,7 @@ class Journal:
             names = ["metrics", "picks", "quarantine"]
             names += ["eval_samples"] if run.config.evaluation.keep_losses else []
             self._files = {n: JsonLines(run.run_dir / f"{n}.jsonl", first) for n in names}
+        self._trackers = Trackers(run, self.progress.note) if self.writes else None
 
     def __enter__(self) -> Journal:
         run, first = self.run, self.run.state.step
@@ -55,6 +57,8 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self.progress.__exit__(kind, error, trace)
+        if self._trackers is not None:
+            self._trackers.finish()
         for file in self._files.values():
             file.close()
 
@@ -64,6 +68,8 @@ class Journal:
             self._write("quarantine", broken)
         self._write("picks", record.picks)
         self._write("metrics", record.metrics)
+        if self._trackers is not None:
+            self._trackers.step(record.metrics, record.picks["ids"])
         self.progress.advance(record.metrics)
 
     def evaluation(self, step: int, result: dict[str, Any]) -> None:
@@ -73,6 +79,8 @@ class Journal:
             self._write("eval_samples", {"step": step, **samples})
         if result:
             self._write("metrics", {"event": "eval", "step": step, **result})
+            if self._trackers is not None:
+                self._trackers.evaluation({"step": step, **result})
             self.progress.note(f"evaluation loss {result['eval_loss']:.4f} nats per token")
 
     def checkpoints(self) -> None:
