@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from slap_ds.config.schema import StepConfig
 from slap_ds.selection import SELECTORS, Selector
 
 # Sample ids of the whole data set are needed before the first step, which a Trainer has not.
 _OF_WHOLE_DATA = ("infobatch", "rho_loss")
 
 
-def check_trainer(trainer: Any, method: str, selector: Selector, forward: str) -> None:
+def check_trainer(trainer: Any, method: str, selector: Selector, step: StepConfig) -> None:
     """Refuse settings that would be ignored, or that packed rows have no place for.
 
     Raises:
         ValueError: naming all of them, one a line.
     """
     found = [*_of_arguments(trainer.args), *_of_trainer(trainer), *_of_method(method, selector)]
-    if forward == "reuse" and not checkpoints(trainer.args):
+    if step.forward == "reuse" and not checkpoints(trainer.args):
         found.append("step.forward reuse needs gradient_checkpointing=True")
+    if step.balance == "deal":
+        found.append("step.balance deal moves picks to other ranks, here they stay: quota or none")
     if found:
         raise ValueError("selection in a Trainer: " + "\n".join(found))
 

@@ -84,7 +84,7 @@ class SlapTrainerMixin:
         """As the Trainer's."""
         selection = self.slap.selection
         selector = make_selector(selection.model_dump())
-        check_trainer(self, selection.method, selector, self.slap.step.forward)
+        check_trainer(self, selection.method, selector, self.slap.step)
         engine = self._host()
         found = resume_from_checkpoint
         if found is True:

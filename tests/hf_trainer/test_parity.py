@@ -18,6 +18,8 @@ from tests.hf_trainer.recipes import (
 )
 from tests.recipes import tiny_model
 
+pytestmark = pytest.mark.lane
+
 # After four steps that move weights by up to 4e-3 each; both add float32 in other orders.
 TOLERANCE = 1e-5
 

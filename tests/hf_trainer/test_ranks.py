@@ -58,7 +58,11 @@ def train_rank(config, folder, zero3, checkpointing, method=None):
 @pytest.mark.parametrize("zero3", [False, True], ids=["ddp", "zero3"])
 @pytest.mark.parametrize(
     ("kind", "method", "checkpointing"),
-    [("llama", "hard", False), ("llama", "slap", True), ("glm", "slap", True)],
+    [
+        ("llama", "hard", False),
+        ("llama", "slap", True),
+        pytest.param("glm", "slap", True, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_agree_and_train_as_slap_ds_train_does(tmp_path, kind, method, checkpointing, zero3):
     """Quotas are off, so that the picks are those of one rank."""

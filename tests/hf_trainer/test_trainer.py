@@ -173,6 +173,7 @@ WRONG = [
     ({}, {"selection": {"method": "greats"}}, "selection.validation"),
     ({}, {"selection": {"method": "infobatch"}}, "infobatch needs the whole data set"),
     ({}, {"step": {"forward": "reuse"}}, "reuse needs gradient_checkpointing=True"),
+    ({}, {"step": {"balance": "deal"}}, "deal moves picks to other ranks"),
 ]
 
 
