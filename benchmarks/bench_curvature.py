@@ -105,7 +105,7 @@ def compare(run: Run, step: int, scorers: dict[str, Scorer]) -> dict[str, Any]:
     """Score one candidate batch by every contestant, then train it."""
     batch = CandidateBatch(run.inputs.train, next(run.stream))
     rows = batch.rows(range(len(batch)), run.config.score_row_tokens)
-    budget = budget_at(step, len(run.stream), len(batch), run.config, run.selector)
+    budget = budget_at(step, len(run.stream), len(batch), run.config.selection, run.selector)
     diagonals, averages, picks = {}, {}, {}
     for name, scorer in scorers.items():
         local = run.engine.score(rows, scorer.request(step))

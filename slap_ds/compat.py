@@ -41,6 +41,9 @@ NAMES: dict[str, Name] = {
     "activation_checkpointing_enable": Name(
         "transformers", "5.23, 5.24", "what gradient_checkpointing_enable is called since it warns"
     ),
+    "activation_checkpointing_disable": Name(
+        "transformers", "5.24", "what gradient_checkpointing_disable is called since it warns"
+    ),
     "all_tied_weights_keys": Name(
         "transformers",
         "5.17, 5.23, 5.24",
@@ -132,6 +135,12 @@ def checkpoint_by_transformers(lm: Any) -> None:
     # 5.2x renamed it and warns about the old name.
     enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+
+
+def no_checkpointing_by_transformers(lm: Any) -> None:
+    """Switch off transformers' own activation checkpointing."""
+    disable = getattr(lm, "activation_checkpointing_disable", lm.gradient_checkpointing_disable)
+    disable()
 
 
 def tied_names(model: Any) -> set[str]:

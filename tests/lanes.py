@@ -78,6 +78,8 @@ def requirements(pyproject: str, lane: str, replaced: list[str] = ()) -> list[st
     for text in waiting:
         one = Requirement(text)
         name = canonicalize_name(one.name)
+        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+            continue  # not on this Python
         if name == canonicalize_name(project["name"]):
             waiting += [each for extra in sorted(one.extras) for each in extras[extra]]
         elif name not in NOT_RUN:

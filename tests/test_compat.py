@@ -198,6 +198,10 @@ def seen(tmp_path_factory):
         for what in ("activation", "gradient")
     )
     compat.checkpoint_by_transformers(lm)
+    switched_on = any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
+    compat.no_checkpointing_by_transformers(lm)
+    left = any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
+    found["activation_checkpointing_disable"] = switched_on and not left
     rows = [datasets.Dataset.from_dict({"text": [text]}) for text in ("a", "b", "a")]
     a, b, again = map(compat.fingerprint_of, rows)
     found["_fingerprint"] = a == again != b

@@ -17,15 +17,13 @@ from typing import Any
 
 import torch
 
-from slap_ds.bench.peak import measured_peak, peak_of
 from slap_ds.bench.random_data import random_inputs
 from slap_ds.config.file import validated
 from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import logged_collectives
+from slap_ds.engine.peak import measured_peak, peak_of
 from slap_ds.jsonl import JsonLines
-from slap_ds.models.causal import block_flops, head_flops
-from slap_ds.selection import Selection
 from slap_ds.train.inputs import Inputs
 from slap_ds.train.record import train_step
 from slap_ds.train.run import Run, TrainState, prepare
@@ -110,7 +108,6 @@ def _measure(
     run: Run, steps: int, warmup: int, metrics: JsonLines | None, peak: float | None, source: str
 ) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
-    model_flops = 0.0
     first = run.state.step
     start, traffic = 0.0, {}
     for number in range(warmup + steps):
@@ -125,7 +122,6 @@ def _measure(
             metrics.write(record.metrics)
         if number >= warmup:
             records.append(record.metrics)
-            model_flops += _model_flops(run, batch, record.selection)
         run.step_done(run.state.step)
     run.comm.barrier(run.state.step, "the last measured step")
     # Rank 0's clock, so that every rank reports the same numbers.
@@ -144,7 +140,7 @@ def _measure(
         "ranks": run.comm.world,
         "wall_s": wall_s,
         **_rates(records, wall_s),
-        **_utilisation(records, model_flops, wall_s, run.comm.world, peak, source),
+        **_utilisation(records, wall_s, run.comm.world, peak, source),
         "step_s": wall_s / steps,
         "phase_s": {p: _sum(records, f"{p}_s") / steps for p in PHASES},
         "selection_share": _sum(records, "selection_s") / wall_s,
@@ -175,7 +171,6 @@ def _rates(records: Sequence[Mapping[str, Any]], wall_s: float) -> dict[str, flo
 
 def _utilisation(
     records: Sequence[Mapping[str, Any]],
-    model_flops: float,
     wall_s: float,
     ranks: int,
     peak: float | None,
@@ -187,20 +182,11 @@ def _utilisation(
         return {"mfu": None, "hfu": None, "peak_flops": None, "peak_source": source}
     whole = peak * ranks * wall_s
     return {
-        "mfu": model_flops / whole,
+        "mfu": _sum(records, "model_flops") / whole,
         "hfu": _sum(records, "flops") / whole,
         "peak_flops": peak,
         "peak_source": source,
     }
-
-
-def _model_flops(run: Run, batch: CandidateBatch, selection: Selection) -> float:
-    """Forward and backward of the picks over all ranks, nothing recomputed."""
-    config, picks = run.inputs.model_config, selection.picks.numpy()
-    forward = block_flops(config, run.engine.parameters, batch.lengths[picks].tolist())
-    forward += head_flops(config, int(batch.response_tokens[picks].sum()))
-    # The gradient of frozen weights, half of the backward, is not computed.
-    return (2 if run.config.model.lora is not None else 3) * forward
 
 
 def _peak(run: Run, given: float | None) -> tuple[float | None, str]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from slap_ds import jsonl
 from slap_ds.checkpoint import find as checkpoints
+from slap_ds.checkpoint.card import write_card
 from slap_ds.checkpoint.generation import generation_config
 from slap_ds.compat import tied_names
 from slap_ds.config.schema import Config
@@ -25,10 +26,14 @@ from slap_ds.models.load import DTYPES, load_config, load_tokenizer, whole_files
 from slap_ds.models.lora import check_merged, logits_of, merged, with_adapter
 
 
-def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
-    """Write weights (safetensors), config, tokenizer and chat template of a run into `out`.
+def export(run_dir: Path, out: Path, merge: bool = False, licence: str | None = None) -> Path:
+    """Write weights (safetensors), config, tokenizer, chat template and a model card of a run into
+    `out`.
 
     A run with model.lora gives its adapter in peft's format, with `merge` the merged model.
+
+    Args:
+        licence: for the model card, by a hub's name of it.
 
     Raises:
         FileNotFoundError: the run has no whole checkpoint.
@@ -61,6 +66,7 @@ def export(run_dir: Path, out: Path, merge: bool = False) -> Path:
         "template": template.name,
     }
     (out / "slap_ds.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    write_card(out, run_dir, newest, licence)
     # safetensors makes its files readable for their owner alone.
     for file in out.iterdir():
         if file.is_file():

@@ -14,6 +14,9 @@ def add(commands: Commands) -> None:
     export.add_argument("run_dir")
     export.add_argument("--out", help="target folder (default RUN_DIR/model)")
     export.add_argument("--merge", action="store_true", help="LoRA: add the adapter into the model")
+    export.add_argument("--license", help="for the model card, such as apache-2.0")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload to a hub, privately")
+    export.add_argument("--public", action="store_true", help="with --push: for everybody")
     export.set_defaults(run=_export)
 
     generate = commands.add_parser("generate", help="answer prompts with an exported model")
@@ -34,12 +37,15 @@ def add(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace, rest: list[str]) -> None:
+    from slap_ds.checkpoint.card import push
     from slap_ds.checkpoint.export import export
 
     run_dir = Path(options.run_dir)
-    out = export(run_dir, Path(options.out or run_dir / "model"), options.merge)
+    out = export(run_dir, Path(options.out or run_dir / "model"), options.merge, options.license)
     note = json.loads((out / "slap_ds.json").read_text("utf-8"))
     print(f"wrote {out}: step {note['step']} of {note['steps']}")
+    if options.push:
+        print(f"pushed to {push(out, options.push, options.public)}")
 
 
 def _generate(options: argparse.Namespace, rest: list[str]) -> None:

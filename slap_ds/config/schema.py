@@ -140,7 +140,7 @@ class SelectionConfig(Section):
     method: str = "sampled"
     """The selector, a key of slap_ds.selection.SELECTORS (docs/baselines.md): sampled, slap,
     random, full, hard, easy, el2n, grand, ccs, moderate, infobatch, selective_backprop, rho_loss,
-    divbs, adacore, k_center, uds, greats."""
+    divbs, adacore, k_center, uds, greats; or one from elsewhere (docs/api.md)."""
     keep: float = Field(0.6, gt=0, le=1)
     """Keep ratio M / N in (0, 1]; the pruning rate is 1 - keep."""
     warmup: float = Field(0.0, ge=0, le=1)
@@ -160,6 +160,8 @@ class SelectionConfig(Section):
     uds: UdsConfig = UdsConfig()
     greats: GreatsConfig = GreatsConfig()
     sampled: SampledConfig = SampledConfig()
+    options: dict[str, Any] = Field({})
+    """Settings of a selector from elsewhere, which it is made with."""
 
 
 class ScoringConfig(Section):
@@ -314,6 +316,15 @@ class ProfileConfig(Section):
         return value
 
 
+class TrackingConfig(Section):
+    """`tracking`: under which names the trackers of `report_to` show a run."""
+
+    project: str = Field("slap_ds", min_length=1)
+    """Project of W&B and Trackio, experiment of MLflow."""
+    name: str | None = None
+    """Name of the run there; default: that of its folder."""
+
+
 class Config(Section):
     """A run."""
 
@@ -325,6 +336,9 @@ class Config(Section):
     """Instead of steps: passes over the candidates."""
     seed: int = Field(0, ge=0)
     """Seed of the order of candidates, of selection and of fresh weights."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
+    """Trackers that get losses, evaluations, speeds and what was selected (docs/trackers.md);
+    accounts and servers are those of the environment."""
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig = BatchConfig()
@@ -336,6 +350,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("run_dir")
     @classmethod

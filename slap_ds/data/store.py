@@ -257,8 +257,13 @@ def cut(encoded: Encoded, max_tokens: int, over_length: str) -> Cut | str:
     trained = sum(mask[1:])  # nothing predicts the first token
     if trained == 0:
         return "no trained tokens"
-    digest = hashlib.blake2b(ids.tobytes() + mask, digest_size=8).digest()
-    return Cut(ids, mask, trained, int.from_bytes(digest, "little") >> 1)
+    return Cut(ids, mask, trained, content_hash(ids, mask))
+
+
+def content_hash(ids: npt.NDArray[np.integer], mask: bytes) -> int:
+    """63 bits of (len,) token ids and their mask, one byte a token: equal for equal samples."""
+    digest = hashlib.blake2b(ids.astype("<u4").tobytes() + mask, digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 Located = tuple[Source, int, Conversation | Reject]

@@ -14,12 +14,13 @@ from typing import Any
 
 from slap_ds.config.schema import Config
 from slap_ds.distributed.comm import Comm
-from slap_ds.engine.base import Engine, TrainStats
+from slap_ds.engine.base import Engine, ScoringEngine, TrainStats
 from slap_ds.engine.build_locks import built
 from slap_ds.engine.deterministic import make_deterministic
 from slap_ds.engine.plain import TorchEngine
 from slap_ds.engine.process_group import (
     build_extensions,
+    joined_ranks,
     limit_waiting,
     logged_collectives,
     start_ranks,
@@ -49,10 +50,12 @@ __all__ = [
     "Engine",
     "PortTaken",
     "RankError",
+    "ScoringEngine",
     "TorchEngine",
     "TrainStats",
     "build_extensions",
     "built",
+    "joined_ranks",
     "limit_waiting",
     "logged_collectives",
     "make_engine",

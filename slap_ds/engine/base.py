@@ -54,16 +54,11 @@ class TrainStats:
     broken: tuple[int, ...] = ()
 
 
-class Engine(ABC):
-    """The part both engines share: the loops over rows."""
+class ScoringEngine(ABC):
+    """What scores packed rows with a model's current weights, whoever trains them."""
 
-    kind: str  # engine.kind
-    optimizer_kind: str = "torch"  # optimizer.kind
-    model: PackedCausalLM  # the wrapper, not the DeepSpeed engine
-    optimizer: Any
+    model: PackedCausalLM  # the wrapper, not what a library wraps around it
     device: torch.device
-    hidden_size: int
-    parameters: int
     heart: Heart = Heart()  # of a rank that nobody waits for
 
     def score(self, rows: Sequence[PackedRow], request: ScoreRequest, keep: bool = False) -> Scores:
@@ -93,6 +88,54 @@ class Engine(ABC):
         self.model.train()
         self.model.tail = None
         return collect([row.positions for row in rows], parts, request)
+
+    def own_loss(self, row: PackedRow) -> float:
+        """Nats, summed over the row's trained tokens, as the model's own forward computes them."""
+        self.model.eval()
+        with torch.no_grad():
+            loss = float(self._forward(row.to(self.device), "own", None))
+        self.model.train()
+        return loss
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether `score(keep=True)` and `train(replay=True)` work with this model."""
+        return self.model.block_inputs is not None
+
+    def forget_scoring(self) -> None:
+        """Let go of what `score(keep=True)` kept; nothing of it will be trained."""
+        self._inputs().stop()
+
+    def give_up_reuse(self, reason: str) -> None:
+        """Train with ordinary checkpointing from now on, and say why."""
+        self.forget_scoring()
+        self.model.block_inputs = None
+        _say_separate(reason)
+
+    def _inputs(self) -> BlockInputs:
+        assert self.model.block_inputs is not None, "this model is not set up for forward reuse"
+        return self.model.block_inputs
+
+    def _whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        """Inside, these parameters are whole on every rank."""
+        return nullcontext()
+
+    def _head_kept(self) -> AbstractContextManager[Any]:
+        """The head's weight stays whole after a forward inside, until it is used again."""
+        return nullcontext()
+
+    @abstractmethod
+    def _forward(self, row: PackedRow, mode: str, request: ScoreRequest | None) -> Any: ...
+
+
+class Engine(ScoringEngine):
+    """A scoring engine that also trains: the part both engines share."""
+
+    kind: str  # engine.kind
+    optimizer_kind: str = "torch"  # optimizer.kind
+    optimizer: Any
+    hidden_size: int
+    parameters: int
 
     def train(
         self, rows: Sequence[PackedRow], total_weight: float, lr: float, replay: bool = False
@@ -135,44 +178,6 @@ class Engine(ABC):
             boundary_bytes,
             broken,
         )
-
-    def own_loss(self, row: PackedRow) -> float:
-        """Nats, summed over the row's trained tokens, as the model's own forward computes them."""
-        self.model.eval()
-        with torch.no_grad():
-            loss = float(self._forward(row.to(self.device), "own", None))
-        self.model.train()
-        return loss
-
-    @property
-    def can_reuse(self) -> bool:
-        """Whether `score(keep=True)` and `train(replay=True)` work with this model."""
-        return self.model.block_inputs is not None
-
-    def forget_scoring(self) -> None:
-        """Let go of what `score(keep=True)` kept; nothing of it will be trained."""
-        self._inputs().stop()
-
-    def give_up_reuse(self, reason: str) -> None:
-        """Train with ordinary checkpointing from now on, and say why."""
-        self.forget_scoring()
-        self.model.block_inputs = None
-        _say_separate(reason)
-
-    def _inputs(self) -> BlockInputs:
-        assert self.model.block_inputs is not None, "this model is not set up for forward reuse"
-        return self.model.block_inputs
-
-    def _whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
-        """Inside, these parameters are whole on every rank."""
-        return nullcontext()
-
-    def _head_kept(self) -> AbstractContextManager[Any]:
-        """The head's weight stays whole after a forward inside, until it is used again."""
-        return nullcontext()
-
-    @abstractmethod
-    def _forward(self, row: PackedRow, mode: str, request: ScoreRequest | None) -> Any: ...
 
     @abstractmethod
     def _backward(self, loss: Tensor, total_weight: float, last: bool) -> None: ...

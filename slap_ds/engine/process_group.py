@@ -166,3 +166,12 @@ def build_extensions() -> None:
         from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
         ShareMemCommBuilder().load(verbose=False)
+
+
+def joined_ranks() -> Comm:
+    """This rank's line to the others in a process group that somebody else has set up, or alone."""
+    if not dist.is_initialized():
+        return Comm()
+    cuda = "nccl" in dist.get_backend()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return Comm(dist.get_rank(), dist.get_world_size(), device)

@@ -93,7 +93,17 @@ class PackedCausalLM(nn.Module):
         self._base = (base,)
         # `lm` keeps its own module tree, so that saved names are transformers' names.
         self._head = (head,)
+        self.take_head()
+
+    def take_head(self) -> None:
+        """Let the output embedding run our functions where its weight is whole."""
+        (head,) = self._head
         head.forward = _run_with_weight(head)  # type: ignore[method-assign]
+
+    def give_head_back(self) -> None:
+        """Leave the output embedding as it was, for whoever copies or saves the module."""
+        (head,) = self._head
+        vars(head).pop("forward", None)
 
     def forward(
         self,
@@ -105,34 +115,35 @@ class PackedCausalLM(nn.Module):
         row's token losses, a scalar to run backward on. `own`: the sum of the token losses of the
         row's logits as the model itself computes them, whole, to compare with."""
         if mode == "own":
-            return self._own(row)
+            return self.loss_of_logits(self.lm(**self.arguments(row)).logits, row)
         if self.block_inputs is not None:
             self.block_inputs.enter(row)
         with self._recorder(request) as record:
-            hidden = self._base[0](
-                input_ids=row.input_ids,
-                position_ids=row.position_ids,
-                use_cache=False,
-                **_structure(self.lm.config, row),
-            ).last_hidden_state[0]
+            hidden = self._base[0](**self.arguments(row)).last_hidden_state[0]
         (head,) = self._head
-        if mode == "train":
-            return head(hidden, lambda h, w, b: self._train(h, w, b, row))
-        assert request is not None
-        scores: HeadScores = head(
-            hidden, lambda h, w, b: self._score(h, w, b, row, request, record)
-        )
+        # Its formulas say themselves what is rounded; a Trainer's autocast is for the blocks.
+        with torch.autocast(hidden.device.type, enabled=False):
+            if mode == "train":
+                return head(hidden, lambda h, w, b: self._train(h.to(w.dtype), w, b, row))
+            assert request is not None
+            scores: HeadScores = head(
+                hidden, lambda h, w, b: self._score(h.to(w.dtype), w, b, row, request, record)
+            )
         return scores
 
-    def _own(self, row: PackedRow) -> Tensor:
-        logits = self.lm(
-            input_ids=row.input_ids,
-            position_ids=row.position_ids,
-            use_cache=False,
+    def arguments(self, row: PackedRow) -> dict[str, Any]:
+        """A row as the model's own forward takes it."""
+        return {
+            "input_ids": row.input_ids,
+            "position_ids": row.position_ids,
+            "use_cache": False,
             **_structure(self.lm.config, row),
-        ).logits[0]
+        }
+
+    def loss_of_logits(self, logits: Tensor, row: PackedRow) -> Tensor:
+        """The sum of the row's token losses by its whole logits (1, T, V)."""
         targets = row.targets.to(logits.device)
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
 
     def _train(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, row: PackedRow) -> Tensor:
         # A row without samples (n = 0) has one token of weight 0.

@@ -25,6 +25,8 @@ class Recompute:
 
     def __call__(self, block: nn.Module, run: Callable[[], Any]) -> Any:
         """`run()`, a forward of `block`, whose result is good for a backward and nothing else."""
+        if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+            return run()  # products have other dtypes than what goes into them
         if block not in self._last:
             out, self._last[block] = _watched(block, run)
             return out

@@ -149,9 +149,13 @@ class BlockInputs(Checkpointing):
         if i == self._last:  # nobody looks at the values of the others' outputs
             self._current[i + 1].wait()
 
+        kind = hidden.device.type
+        mixed = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
         def again(x: Tensor) -> Tensor:
             arriving.wait()
-            with self.held(block):
+            # The backward knows nothing of the precision that the forward ran in.
+            with self.held(block), torch.autocast(kind, mixed[1], enabled=mixed[0]):
                 return hidden_of(run(x))
 
         before = arriving.tensor[None]

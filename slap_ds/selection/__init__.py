@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
-from slap_ds.selection.base import Course, ScoredBatch, Selection, Selector, Signal, select
+from slap_ds.selection.base import (
+    Course,
+    ScoredBatch,
+    Selection,
+    Selector,
+    Signal,
+    Stateless,
+    select,
+    unweighted,
+)
 from slap_ds.selection.methods.adacore import AdaCore
 from slap_ds.selection.methods.ccs import Ccs
 from slap_ds.selection.methods.divbs import DivBS
@@ -46,18 +56,68 @@ SELECTORS: dict[str, Callable[[Mapping[str, Any]], Selector]] = {
 }
 
 
+# Where another package names its selectors, in its pyproject.toml.
+ENTRY_POINTS = "slap_ds.selectors"
+_registered: dict[str, Callable[..., Selector]] = {}
+
+
+def register_selector(name: str, factory: Callable[..., Selector]) -> None:
+    """Make `selection.method: name` work in this process, as an entry point does in all of them.
+
+    Args:
+        factory: called once a run with the settings in `selection.options` as keywords; a class
+            that derives from `Stateless` is one. A name registered before is replaced.
+
+    Raises:
+        ValueError: the name is that of a built-in method, or empty.
+    """
+    if not name.strip() or name in SELECTORS:
+        taken = "is that of a built-in method" if name in SELECTORS else "is empty"
+        raise ValueError(f"the selector's name {name!r} {taken}: choose another one")
+    _registered[name] = factory
+
+
 def make_selector(options: Mapping[str, Any]) -> Selector:
     """The selector of a `selection` config section, given as a mapping.
 
     Raises:
-        ValueError: unknown method; the message lists the known ones.
+        ValueError: unknown method; the message lists the known ones. A selector from elsewhere
+            cannot be imported, or lacks a part of the protocol.
     """
-    method = options["method"]
-    if method not in SELECTORS:
+    method, further = options["method"], options.get("options", {})
+    if method in SELECTORS and further:
         raise ValueError(
-            f"selection.method is {method!r}, expected one of {', '.join(sorted(SELECTORS))}"
+            f"selection.options holds {', '.join(sorted(further))}, for selectors from elsewhere: "
+            f"what {method} can be told stands in selection.{method}, if it has a section"
         )
-    return SELECTORS[method](options)
+    if method in SELECTORS:
+        return SELECTORS[method](options)
+    selector = _from_elsewhere(method)(**further)
+    parts = [*Selector.__annotations__, "begin", "budget", "select", "remember", "state_dict"]
+    if lacking := [part for part in (*parts, "load_state_dict") if not hasattr(selector, part)]:
+        raise ValueError(
+            f"selection.method {method}: {type(selector).__name__} lacks {', '.join(lacking)}; "
+            "derive it from slap_ds.Stateless, which has all but `needs` and `select`"
+        )
+    return selector
+
+
+def _from_elsewhere(method: str) -> Callable[..., Selector]:
+    """The factory that was registered under this name, or that an installed package offers."""
+    if method in _registered:
+        return _registered[method]
+    offered = entry_points(group=ENTRY_POINTS)
+    for entry in offered.select(name=method):
+        try:
+            factory: Callable[..., Selector] = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"selection.method {method}: {entry.value}, of the entry points "
+                f"{ENTRY_POINTS}, cannot be imported: {error}"
+            ) from None
+        return factory
+    known = {*SELECTORS, *_registered, *offered.names}
+    raise ValueError(f"selection.method is {method!r}, expected one of {', '.join(sorted(known))}")
 
 
 __all__ = [
@@ -67,7 +127,10 @@ __all__ = [
     "Selection",
     "Selector",
     "Signal",
+    "Stateless",
     "make_selector",
+    "register_selector",
     "select",
     "select_balanced",
+    "unweighted",
 ]

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from slap_ds.data.packing import Candidate, make_row
-from slap_ds.engine import Engine
+from slap_ds.engine import ScoringEngine
 from slap_ds.launch.environment import ranks_said
 from slap_ds.models.reuse import host_boundary_bytes
 from slap_ds.scoring import ScoreRequest
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from slap_ds.train.run import Run
 
 
-def check_isolation(engine: Engine, model_config: Any, attention: str) -> None:
+def check_isolation(engine: ScoringEngine, model_config: Any, attention: str) -> None:
     """Refuse a model in which the samples of a packed row see each other.
 
     An architecture may ignore `position_ids` and the samples' lengths without a word. So one sample
@@ -45,7 +45,7 @@ def check_isolation(engine: Engine, model_config: Any, attention: str) -> None:
         )
 
 
-def check_head(engine: Engine, model_config: Any, dtype: str) -> None:
+def check_head(engine: ScoringEngine, model_config: Any, dtype: str) -> None:
     """Refuse a model whose loss is not the closed form over its last hidden states.
 
     An architecture may have a layer, a scale or a cap between them and its logits that nobody here
@@ -70,7 +70,7 @@ def check_head(engine: Engine, model_config: Any, dtype: str) -> None:
         )
 
 
-def check_reuse(engine: Engine, forward: str) -> None:
+def check_reuse(engine: ScoringEngine, forward: str) -> None:
     """See that the model's blocks can be recorded, before anything is trained; where `forward` is
     `auto` and they cannot, training goes on without reuse.
 

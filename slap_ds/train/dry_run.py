@@ -23,6 +23,7 @@ from slap_ds.models.load import check_weights
 from slap_ds.selection import make_selector
 from slap_ds.train.inputs import Inputs, make_parts, read_inputs, settled
 from slap_ds.train.schedule import budget_at
+from slap_ds.train.trackers import check_trackers
 
 _FIRST_REASONS = 3
 
@@ -46,6 +47,7 @@ def dry_run(config: Config, gpus: int | None = None) -> DryRun:
         ValueError, FileNotFoundError: what `prepare` would raise.
     """
     make_selector(config.selection.model_dump())
+    check_trackers(config)
     fetched = config.model.path is not None and not check_weights(config.model.path)
     run_dir = Path(config.run_dir)
     # The folder of a run that has begun keeps the rejects of what it trains on.
@@ -74,7 +76,7 @@ def dry_run(config: Config, gpus: int | None = None) -> DryRun:
         f"{train.counts.dropped_no_trained_tokens:,} without a trained token",
         "steps": steps,
         "candidates per step": candidates,
-        "trained per step": budget_at(steps // 2, steps, candidates, config, selector),
+        "trained per step": budget_at(steps // 2, steps, candidates, config.selection, selector),
         "epochs of candidates": round(stream.total / len(train), 2),
         "model": f"{inputs.model_config.model_type}, {text.num_hidden_layers} blocks of width "
         f"{text.hidden_size}, vocabulary {text.vocab_size}",

@@ -8,7 +8,7 @@ eval_samples.jsonl   with evaluation.keep_losses: every sample's loss
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +16,16 @@ from slap_ds.jsonl import JsonLines
 from slap_ds.train.progress import Progress
 from slap_ds.train.record import StepRecord
 from slap_ds.train.run import Run
+from slap_ds.train.trackers import Trackers
 
 
 class Journal:
-    """Rank 0 writes; on the others every method does nothing."""
+    """Rank 0 writes, and tells the callbacks; on the others every method does nothing."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(
+        self, run: Run, callbacks: Sequence[Callable[[Mapping[str, Any]], object]] = ()
+    ) -> None:
+        self.run, self.callbacks = run, callbacks
         self.writes = run.comm.rank == 0
         first = run.state.step
         self.progress = Progress(len(run.stream), first, visible=self.writes)
@@ -31,6 +34,7 @@ class Journal:
             names = ["metrics", "picks", "quarantine"]
             names += ["eval_samples"] if run.config.evaluation.keep_losses else []
             self._files = {n: JsonLines(run.run_dir / f"{n}.jsonl", first) for n in names}
+        self._trackers = Trackers(run, self.progress.note) if self.writes else None
 
     def __enter__(self) -> Journal:
         run, first = self.run, self.run.state.step
@@ -53,6 +57,8 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self.progress.__exit__(kind, error, trace)
+        if self._trackers is not None:
+            self._trackers.finish()
         for file in self._files.values():
             file.close()
 
@@ -62,6 +68,8 @@ class Journal:
             self._write("quarantine", broken)
         self._write("picks", record.picks)
         self._write("metrics", record.metrics)
+        if self._trackers is not None:
+            self._trackers.step(record.metrics, record.picks["ids"])
         self.progress.advance(record.metrics)
 
     def evaluation(self, step: int, result: dict[str, Any]) -> None:
@@ -71,6 +79,8 @@ class Journal:
             self._write("eval_samples", {"step": step, **samples})
         if result:
             self._write("metrics", {"event": "eval", "step": step, **result})
+            if self._trackers is not None:
+                self._trackers.evaluation({"step": step, **result})
             self.progress.note(f"evaluation loss {result['eval_loss']:.4f} nats per token")
 
     def checkpoints(self) -> None:
@@ -80,5 +90,10 @@ class Journal:
             self._write("metrics", records.pop(0))
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
-        if name in self._files:
-            self._files[name].write(record)
+        if name not in self._files:
+            return
+        self._files[name].write(record)
+        if name == "metrics":
+            # All of them are asked. The other ranks hear of a stop in the next step.
+            answers = [callback(record) for callback in self.callbacks]
+            self.run.comm.heart.stop |= any(answer is True for answer in answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from slap_ds import jsonl
@@ -18,13 +19,16 @@ class Preempted(Exception):
     """Somebody asked for an early end: the checkpoint is written, and all ranks leave."""
 
 
-def train(run: Run) -> None:
+def train(run: Run, callbacks: Sequence[Callable[[Mapping[str, Any]], object]] = ()) -> None:
     """candidates -> scores -> picks -> one optimizer step -> record, then what is due.
+
+    Args:
+        callbacks: called on rank 0 with every record of metrics.jsonl; True asks for an early end.
 
     Raises:
         Preempted: asked to stop, and saved.
     """
-    with Journal(run) as journal, Trace(run) as trace:
+    with Journal(run, callbacks) as journal, Trace(run) as trace:
         if run.state.step == 0 or run.state.owes_evaluation:
             journal.evaluation(run.state.step - 1, evaluate(run, run.state.step - 1))
         for step in run.steps_left():

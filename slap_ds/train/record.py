@@ -72,6 +72,7 @@ def step_record(
         metrics["skipped"] = True
     if scored is not None:
         metrics["candidate_loss"] = float(scored.loss.double().nanmean())
+        metrics["picked_loss"] = float(scored.loss[selection.picks].double().nanmean())
         metrics |= loss_spread(scored.loss, selection.picks)
     if (peak := peak_gib(run.engine.device)) is not None:
         metrics["peak_gib"] = peak
@@ -117,7 +118,8 @@ def loss_spread(loss: Tensor, picks: Tensor) -> dict[str, list[float]]:
 
 
 def _flops(run: Run, plan: StepPlan, picks: Positions) -> dict[str, float]:
-    """Analytic FLOPs of the step over all ranks, scoring apart; and those of training all."""
+    """Analytic FLOPs of the step over all ranks, scoring apart; those of training all; those that
+    the picks' forward and backward need, nothing recomputed."""
     config, parameters, batch = run.inputs.model_config, run.engine.parameters, plan.batch
     scoring = 0.0
     if plan.scores:
@@ -142,6 +144,7 @@ def _flops(run: Run, plan: StepPlan, picks: Positions) -> dict[str, float]:
         "flops": scoring + training(passes - plan.reuses, picks),
         "scoring_flops": scoring,
         "full_flops": training(passes, np.arange(len(batch))),
+        "model_flops": training(3 - frozen, picks),
     }
 
 

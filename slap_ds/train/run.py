@@ -23,6 +23,7 @@ from slap_ds.scoring import Scorer
 from slap_ds.selection import Selector, make_selector
 from slap_ds.train.checks import check_boundaries, check_head, check_isolation, check_reuse
 from slap_ds.train.inputs import Inputs, make_parts, read_inputs, settled
+from slap_ds.train.trackers import check_trackers
 
 
 @dataclass
@@ -119,6 +120,7 @@ def prepare(
         ValueError, FileNotFoundError: a mistake of the user's, in one line.
     """
     make_selector(config.selection.model_dump())
+    check_trackers(config)
     comm = start_ranks(config) if comm is None else comm
     run_dir = Path(config.run_dir)
     check_shared(run_dir, comm)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-from slap_ds.config.schema import Config
+from slap_ds.config.schema import Config, SelectionConfig
 from slap_ds.selection import Selector
 
 
-def budget_at(step: int, steps: int, candidates: int, config: Config, selector: Selector) -> int:
+def budget_at(
+    step: int, steps: int, candidates: int, selection: SelectionConfig, selector: Selector
+) -> int:
     """M at `step`: the selector's, or all N in the warm-up and cool-down."""
-    selection = config.selection
     warm = step < selection.warmup * steps
     cool = step >= steps - selection.cooldown * steps
     if warm or cool:

@@ -22,7 +22,7 @@ from slap_ds.data.batch import CandidateBatch
 from slap_ds.data.packing import PackedRow, Positions, deal
 from slap_ds.distributed.comm import Comm
 from slap_ds.scoring import Scores
-from slap_ds.selection import ScoredBatch, Selection, select, select_balanced
+from slap_ds.selection import ScoredBatch, Selection, Selector, select, select_balanced
 from slap_ds.timing import Stopwatch, start_peak
 from slap_ds.train.run import Run
 from slap_ds.train.schedule import budget_at, learning_rate
@@ -72,7 +72,7 @@ def plan_step(run: Run, step: int, batch: CandidateBatch | None = None) -> StepP
     if batch is None:
         batch = CandidateBatch(run.inputs.train, next(run.stream))
     n, steps, selector = len(batch), len(run.stream), run.selector
-    budget = budget_at(step, steps, n, run.config, selector)
+    budget = budget_at(step, steps, n, run.config.selection, selector)
     remembers = step < selector.remembers_until * steps
     scores = bool(selector.needs) and (budget < n or remembers)
     return StepPlan(
@@ -138,7 +138,7 @@ def train_on(run: Run, plan: StepPlan, selection: Selection) -> StepResult:
         rows = equal_rows(comm, step, "training rows", rows)
     with plan.watch("train"):
         # Dropout's draws: the step's own, so that resuming needs no generator state.
-        torch.manual_seed(_mix(run.config.seed, step) + comm.rank)
+        torch.manual_seed(step_seed(run.config.seed, step) + comm.rank)
         total_weight = float(batch.response_tokens[picks] @ selection.weights.double().numpy())
         stats = run.engine.train(rows, total_weight, plan.lr, replay=plan.reuses)
     plan.watch.stop("step")
@@ -194,24 +194,53 @@ def _choose(run: Run, plan: StepPlan, scored: ScoredBatch | None) -> Selection:
     n, comm = len(plan), run.comm
     if plan.budget == n and scored is None:
         return Selection(torch.arange(n), torch.ones(n))
-    generator = torch.Generator().manual_seed(_mix(run.config.seed, plan.step))
     # A selector that needs no scores gets a batch of equal ones.
     seen = replace(
         scored if scored is not None else ScoredBatch(loss=torch.zeros(n)),
         tokens=torch.from_numpy(plan.batch.lengths),
         response_tokens=torch.from_numpy(plan.batch.response_tokens),
     )
-    if plan.balance != "quota" or comm.world == 1:
-        return select(run.selector, seen, plan.budget, generator)
-    return select_balanced(
+    quotas = plan.balance == "quota" and comm.world > 1
+    return pick(
         run.selector,
         seen,
         plan.budget,
-        generator,
-        holder=_holders(plan.shares, n),
-        tokens=torch.from_numpy(plan.batch.lengths),
+        step_seed(run.config.seed, plan.step),
+        holder=_holders(plan.shares, n) if quotas else None,
         holders=comm.world,
         slack=run.config.step.quota_slack,
+    )
+
+
+def pick(
+    selector: Selector,
+    seen: ScoredBatch,
+    budget: int,
+    seed: int,
+    *,
+    holder: torch.Tensor | None,
+    holders: int,
+    slack: float,
+) -> Selection:
+    """What `selector` makes of a batch whose `tokens` are known.
+
+    Args:
+        holder: (N,) int64 in [0, holders), the rank that holds each candidate, where picks stay on
+            their ranks and none may get more than (1 + slack) times its share; None: anyone may.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if holder is None:
+        return select(selector, seen, budget, generator)
+    assert seen.tokens is not None
+    return select_balanced(
+        selector,
+        seen,
+        budget,
+        generator,
+        holder=holder,
+        tokens=seen.tokens,
+        holders=holders,
+        slack=slack,
     )
 
 
@@ -274,6 +303,6 @@ def _broken_rows(
     return [(number, reason) for number in known]
 
 
-def _mix(seed: int, step: int) -> int:
+def step_seed(seed: int, step: int) -> int:
     """A generator seed of its own for every step, so that resuming needs no generator state."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)

@@ -13,10 +13,10 @@ import pytest
 
 from slap_ds import cli
 from slap_ds.bench import nodes
-from slap_ds.bench.peak import measured_peak, peak_of
 from slap_ds.bench.random_data import RandomStore, random_inputs
 from slap_ds.bench.throughput import Data, throughput
 from slap_ds.config.file import write_config
+from slap_ds.engine.peak import measured_peak, peak_of
 from slap_ds.jsonl import read_lines
 from tests.ranks import run_ranks
 from tests.recipes import tiny_config, tiny_model
