@@ -67,9 +67,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.config is None):
-            raise ValueError(
-                "give exactly one of model.path and model.config, and null for the other"
-            )
+            raise ValueError("give one of model.path and model.config, and null for the other")
         if self.path is None and self.tokenizer is None:
             raise ValueError("model.config needs model.tokenizer as well")
         if self.path is None and self.lora is not None:
@@ -87,8 +85,7 @@ class DataConfig(Section):
     format: str = "auto"
     """messages, sharegpt, alpaca, prompt_completion; auto recognises each row by its fields."""
     template: str = "auto"
-    """Conversation template: a built-in name, or auto: those of ChatGLM and GLM-4 are recognised by
-    their tokenizers, others use the tokenizer's own chat template."""
+    """A built-in name, or auto: the tokenizer's own chat template; ChatGLM and GLM-4 are known."""
     max_tokens: int = Field(1024, ge=2)
     """Longest sample, in tokens."""
     over_length: Literal["truncate", "drop"] = "truncate"
@@ -109,9 +106,8 @@ class BatchConfig(Section):
     candidates: int = Field(64, ge=1)
     """N: candidates drawn for one optimizer step, over all ranks."""
     rows_per_rank: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
-    """Instead of a number of candidates: as many as fill so many rows on each rank, by the mean
-    length of the samples; auto: the fewest rows beyond which a step gets hardly cheaper in relation
-    to full training, by the formula of `slap-ds estimate`. The batch then grows with the ranks."""
+    """In place of candidates: as many as fill so many rows a rank at the mean length of samples;
+    auto: so many rows that more would hardly make a step cheaper in relation to full training."""
     micro_batch_tokens: int = Field(2048, ge=2)
     """Tokens of one packed row, the unit of a forward and backward."""
     score_micro_batch_tokens: int | None = Field(None, ge=2)
