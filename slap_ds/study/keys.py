@@ -14,6 +14,7 @@ from typing import Any
 from slap_ds.config.schema import Config, SelectionConfig
 from slap_ds.data.sources import find_sources, source_facts
 from slap_ds.files import sha256
+from slap_ds.selection import make_selector
 
 # Above it a file counts by size and time: hashing a large model would take minutes at every start.
 LARGE_BYTES = 2**30
@@ -56,12 +57,18 @@ def settings_of(config: Config) -> dict[str, Any]:
     """What of the settings decides a run, less the places of what it reads."""
     # Without defaults, so that a new setting does not make finished cells look unfinished.
     settings = config.model_dump(mode="json", exclude=PLACES, exclude_defaults=True)
-    if config.selection.method == SelectionConfig().method:
+    method = SelectionConfig().method
+    if config.selection.method == method:
         # What the default method does by default is what a study is about: where that changes, its
-        # cells are others.
-        for section in ("selection", "scoring"):
-            values = getattr(config, section).model_dump(mode="json", exclude=PLACES.get(section))
-            settings[section] = values
+        # cells are others. Other methods' settings, which may be joined by new ones, say nothing.
+        chosen = config.selection.model_dump(mode="json", exclude=PLACES["selection"])
+        settings["selection"] = {
+            name: value
+            for name, value in chosen.items()
+            if name == method or not isinstance(value, dict)
+        }
+        if make_selector(config.selection.model_dump()).needs:
+            settings["scoring"] = config.scoring.model_dump(mode="json")
     return settings
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 
+from slap_ds.config.methods import SampledConfig
 from slap_ds.config.schema import SelectionConfig
 from slap_ds.data.formats import Conversation, Message
 from slap_ds.study import keys
@@ -343,10 +344,14 @@ def test_defaults_count_in_the_keys_of_the_default_method_alone(tmp_path):
     other = config.selection.model_copy(update={"method": "hard"})
     default = config.selection.model_copy(update={"method": SelectionConfig().method})
     found = keys.settings_of(config.model_copy(update={"selection": default}))
-    assert found["selection"]["slap"]["strata"] == config.selection.slap.strata
+    assert found["selection"]["sampled"] == config.selection.sampled.model_dump()
+    assert not {"slap", "options"} & set(found["selection"])  # of methods that it is not
+    assert "scoring" not in found  # it looks at no score
+    scored = default.model_copy(update={"sampled": SampledConfig(by="loss")})
+    found = keys.settings_of(config.model_copy(update={"selection": scored}))
     assert found["scoring"]["sketch"] == config.scoring.sketch
     found = keys.settings_of(config.model_copy(update={"selection": other}))
-    assert "slap" not in found["selection"]
+    assert "sampled" not in found["selection"]
     assert "scoring" not in found
 
 
