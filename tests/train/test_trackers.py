@@ -10,7 +10,7 @@ import pytest
 
 from slap_ds.jsonl import read_lines
 from slap_ds.train import trackers
-from slap_ds.train.checks import dry_run
+from slap_ds.train.dry_run import dry_run
 from slap_ds.train.loop import train
 from slap_ds.train.run import prepare
 from tests.recipes import run_config, tiny_config, tiny_model
