@@ -15,8 +15,9 @@ name = "slap_ds"
 dependencies = ["torch>=2.11,<2.14", "Py_YAML>=6.0.2,<7"]
 [project.optional-dependencies]
 lora = ["peft>=0.21,<0.22"]
+trl = ["trl>=1.16,<1.17"]
 harness = ["lm_eval>=1,<2"]
-test = ["pytest>=8,<10", "ruff>=1,<2", "slap_ds[lora]"]
+test = ["pytest>=8,<10", "ruff>=1,<2", "slap_ds[lora,trl]"]
 """
 
 
@@ -46,7 +47,8 @@ def ranges(python=None):
 def test_a_lane_is_the_lowest_or_the_newest():
     floor = ["torch==2.11", "py-yaml==6.0.2", "pytest==8", "peft==0.21"]
     assert lanes.requirements(TOY, "floor") == floor
-    assert lanes.requirements(TOY, "newest") == [one.replace("==", ">=") for one in floor]
+    newest = [one.replace("==", ">=") for one in floor]
+    assert lanes.requirements(TOY, "newest") == [*newest, "trl>=1.16"]
     other = lanes.requirements(TOY, "floor", ["torch==2.12.0"])
     assert other == ["torch==2.12.0", *floor[1:]]
     with pytest.raises(ValueError, match=r"'peft<0\.22' has no lower bound"):
