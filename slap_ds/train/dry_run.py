@@ -48,11 +48,11 @@ def dry_run(config: Config, gpus: int | None = None) -> DryRun:
     """
     make_selector(config.selection.model_dump())
     check_trackers(config)
-    fetched = config.model.path is not None and not check_weights(config.model.path)
     run_dir = Path(config.run_dir)
     # The folder of a run that has begun keeps the rejects of what it trains on.
     begun = (run_dir / "metrics.jsonl").exists()
     inputs = read_inputs(config, write_rejects=not begun)
+    fetched = config.model.path is not None and not check_weights(config.model.path)
     gpus = gpus or ranks_said(os.environ, "WORLD_SIZE", 0) or torch.cuda.device_count() or 1
     config = settled(config, inputs, gpus)
     stream, _, selector = make_parts(config, inputs.train)
