@@ -110,11 +110,11 @@ def _child(
         work(place, lambda rows: connection.send_bytes(json.dumps(["progress", rows]).encode()))
     except MemoryError:
         failed = ["ValueError", f"out of memory at {place.get()}"]
-    except OSError as error:
-        name = None if error.filename is None else os.fsdecode(error.filename)
-        failed = ["OSError", [error.errno, error.strerror or str(error), name]]
     except Exception as error:
         failed = [type(error).__name__, str(error)]
+        if isinstance(error, OSError) and error.errno is not None:
+            name = None if error.filename is None else os.fsdecode(error.filename)
+            failed = ["OSError", [error.errno, error.strerror, name]]
     if failed is not None:
         connection.send_bytes(json.dumps(failed).encode())
     connection.close()
@@ -132,9 +132,8 @@ def _die_with(parent: int) -> None:
 
 
 def _rebuilt(kind: str, message: Any) -> Exception:
-    if kind == "OSError":
-        number, text, name = message
-        return OSError(text) if number is None else OSError(number, text, name)
+    if isinstance(message, list):  # the number decides which kind of OSError it becomes
+        return OSError(*message)
     made = getattr(builtins, kind, None)
     if isinstance(made, type) and issubclass(made, Exception):
         try:

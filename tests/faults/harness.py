@@ -147,8 +147,8 @@ class Job:
         return "\n".join(log.read_text(errors="replace") for log in logs if log.exists())
 
     def lines(self, rank: int) -> list[str]:
-        """What the rank reported of itself."""
-        return [line for line in self.said(rank).splitlines() if line.startswith("slap-ds: ")]
+        """The errors that the rank reported."""
+        return [line for line in self.said(rank).splitlines() if line.startswith("slap-ds: error")]
 
 
 def run_through(config: Path, **environ: str) -> Job:
