@@ -48,7 +48,7 @@ def score(model, candidates: list[Candidate], curvature: Curvature) -> ScoredBat
     asked = ScoreRequest(sketch="head_input", diagonal="exact_head")
     sums = score_head(hidden, head, row.targets, row.sample, N, asked, chunk_tokens=CHUNK)
     curvature.update(sums.diagonal, int(sums.diagonal_tokens))
-    sketch = curvature.precondition(sums.gradient / sums.tokens[:, None])
+    sketch = curvature.precondition_(sums.gradient / sums.tokens[:, None])
     sketch /= sketch.norm(dim=1, keepdim=True)  # only directions count
     return ScoredBatch(loss=sums.loss / sums.tokens, sketch=sketch)
 

@@ -160,13 +160,13 @@ def test_fault_run_dir_is_a_file(tmp_path):
 
 def test_fault_few_open_files():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
     try:
         found = red()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert list(found) == ["file limit"]
-    assert found["file limit"].startswith("256 open files allowed: ulimit -n ")
+    assert found["file limit"].startswith("500 open files allowed: ulimit -n ")
 
 
 def test_fault_small_shared_memory(monkeypatch):

@@ -74,9 +74,14 @@ class Told:
         return self._run("trackio", **named)
 
     def mlflow(self, uri):
+        def create_run(home, run_name):
+            self.begun.append(("mlflow", {"uri": uri, "config": {}}))
+            return SimpleNamespace(info=SimpleNamespace(run_id="m1"))
+
         def log_batch(run_id, metrics=(), params=()):
             assert len(params) <= 100
-            self.begun += [("mlflow", {"uri": uri, "config": dict(params)})] if params else []
+            if params:
+                self.begun[-1][1]["config"].update(dict(params))
             if metrics:
                 values = {key: value for _, key, value in metrics}
                 self.logs["mlflow"].append((metrics[0][0], values))
@@ -84,7 +89,7 @@ class Told:
         return SimpleNamespace(
             get_experiment_by_name=lambda name: None,
             create_experiment=lambda name: f"experiment {name}",
-            create_run=lambda home, run_name: SimpleNamespace(info=SimpleNamespace(run_id="m1")),
+            create_run=create_run,
             log_batch=log_batch,
             set_terminated=lambda run_id: self.ended.append("mlflow"),
         )
@@ -188,7 +193,7 @@ def test_a_continued_run_goes_on_under_its_id(model, tmp_path, monkeypatch):
     run_config(run)
     starts = [named for name, named in told.begun if name == "wandb"]
     assert [start["id"] for start in starts] == [None, "w1"]
-    assert len([name for name, _ in told.begun if name == "mlflow"]) == 1  # settings once
+    assert len([name for name, _ in told.begun if name == "mlflow"]) == 1
     whole = Told(monkeypatch)
     run_config(config(model, tmp_path / "whole", "wandb", steps=6))
     coverage = [
