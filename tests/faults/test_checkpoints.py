@@ -120,11 +120,12 @@ def test_a_resharded_state_is_the_saved_one_bit_for_bit(model, tmp_path):
 
 
 def _load_and_save(config: Config, again: Path) -> str:
+    from slap_ds.checkpoint.save import Saver
     from slap_ds.train.run import prepare
 
     run = prepare(config)
     assert run.state.step == 3
-    saver = checkpoint.Saver(again, run.comm)
+    saver = Saver(again, run.comm)
     saver.save(3, run.engine, {}, {})
     return str(again / "checkpoints" / "step-000003")
 
