@@ -1,1 +1,1 @@
-"""The public functions of `slap_ds` that no room of the package has for its own use."""
+"""The public functions of `slap_ds` that the package itself does not call."""

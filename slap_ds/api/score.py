@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -65,9 +66,8 @@ def score(
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
     try:
-        with HostedEngine(
-            model, chunk_tokens=settings.chunk_on(device.type), device=device
-        ) as engine:
+        chunk = settings.chunk_on(device.type)
+        with closing(HostedEngine(model, chunk_tokens=chunk, device=device)) as engine:
             # A row each: attentions differ in whether they keep a row's samples apart.
             sums = engine.score([make_row([sample]) for sample in samples], scorer.request(0))
     finally:

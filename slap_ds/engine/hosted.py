@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from slap_ds.scoring import ScoreRequest, Scores
 class HostedEngine(ScoringEngine):
     """Scores packed rows with a causal language model of transformers, or of peft around one.
 
-    `with HostedEngine(model):`, or `close()`, leaves the model as it was.
+    `close()` leaves the model as it was.
 
     Args:
         model: what the loop calls and wraps.
@@ -57,17 +56,6 @@ class HostedEngine(ScoringEngine):
         self._zero3: Any = None  # DeepSpeed's engine, where it partitions the weights
         self._replays: Any = None
         self._rows = 0  # of a step, still to be trained on what scoring kept
-
-    def __enter__(self) -> HostedEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give the model its own forward back."""
