@@ -5,6 +5,7 @@ With SLAP_FAULT_TABLE=FILE the tests marked `fault_row` are counted by row of th
 """
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -35,6 +36,13 @@ def pytest_configure(config):
         # Ranks of gloo, and DeepSpeed's CPU accelerator, on a machine that has GPUs too.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _released():
+    """Runs of this process hold models and open files until Python looks for cycles, seldom."""
+    yield
+    gc.collect()
 
 
 FAULTS = pytest.StashKey[dict]()

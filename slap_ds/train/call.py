@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ def train(
 
     comm = start_ranks(config)
     run = prepare(config, comm)
+    run_dir, state = run.run_dir, run.state
     finished = True
     try:
         train_run(run, (note, *callbacks))
@@ -62,9 +64,13 @@ def train(
         finished = False
     if comm.world == 1:
         stop_ranks(comm)
+    # The model and its hooks are a cycle: its memory and the open files of the data would wait
+    # for Python to look, in a notebook perhaps beside the next model.
+    del run
+    gc.collect()
     return TrainResult(
-        run_dir=run.run_dir,
-        steps=run.state.step,
+        run_dir=run_dir,
+        steps=state.step,
         finished=finished,
         loss=last.get("train", {}).get("loss"),
         eval_loss=last.get("eval", {}).get("eval_loss"),

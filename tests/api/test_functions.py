@@ -1,5 +1,7 @@
 """slap_ds.select, score, train and register_selector, each against something independent."""
 
+import gc
+import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
@@ -250,3 +252,12 @@ def test_a_callback_sees_every_record_and_may_end_the_run(tmp_path):
     assert picks(tmp_path / "run") == picks(tmp_path / "whole")
     written = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert seen == written[: len(seen)]
+
+
+def test_a_run_leaves_no_open_file(tmp_path):
+    path = tiny_model(tmp_path / "model")
+    config = tiny_config(path, tmp_path / "run", steps=1, engine={"kind": "torch"})
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    slap_ds.train(config)
+    assert len(os.listdir("/proc/self/fd")) <= before
