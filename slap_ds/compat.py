@@ -49,6 +49,11 @@ NAMES: dict[str, Name] = {
         "5.17, 5.23, 5.24",
         "weights that files leave out as others' twins",
     ),
+    "_can_record_outputs": Name(
+        "transformers",
+        "5.17, 5.23, 5.24",
+        "which modules of a model are its routers, and where in their output the logits are",
+    ),
     "_fingerprint": Name("datasets", "5.2", "what a data set holds, and which part of it"),
     "_copy_recovery_script": Name(
         "deepspeed", "0.19.8", "puts a script that unpickles without limits into every checkpoint"
@@ -141,6 +146,16 @@ def no_checkpointing_by_transformers(lm: Any) -> None:
     """Switch off transformers' own activation checkpointing."""
     disable = getattr(lm, "activation_checkpointing_disable", lm.gradient_checkpointing_disable)
     disable()
+
+
+def routers_of(lm: Any) -> list[tuple[nn.Module, int]]:
+    """The routers of a mixture of experts in order, and where in their output the logits are."""
+    known = getattr(lm, "_can_record_outputs", None) or {}
+    recorder = known.get("router_logits")
+    if recorder is None:
+        return []
+    kind, index = recorder.target_class, recorder.index
+    return [(module, index) for module in lm.modules() if isinstance(module, kind)]
 
 
 def tied_names(model: Any) -> set[str]:

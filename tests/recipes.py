@@ -15,6 +15,23 @@ TINY: dict[str, dict[str, Any]] = {
     "glm": {"model_type": "glm", "head_dim": 16, "attention_bias": True},
     "qwen2": {"model_type": "qwen2"},
     "mistral": {"model_type": "mistral", "sliding_window": 24},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "output_router_logits": True},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "first_k_dense_replace": 1,
+        "head_dim": 16,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+    },
     "gpt2": {"model_type": "gpt2", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }
 

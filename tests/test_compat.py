@@ -156,7 +156,13 @@ def seen(tmp_path_factory):
     from deepspeed import comm
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        PreTrainedModel,
+    )
 
     folder = tmp_path_factory.mktemp("seen")
     settings = json.loads(DEFAULT_DEEPSPEED.read_text())
@@ -197,6 +203,10 @@ def seen(tmp_path_factory):
         hasattr(PreTrainedModel, f"{what}_checkpointing_enable")
         for what in ("activation", "gradient")
     )
+    mixture = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2))
+    found["_can_record_outputs"] = compat.routers_of(mixture) == [
+        (mixture.model.layers[0].mlp.gate, 0)
+    ]
     compat.checkpoint_by_transformers(lm)
     switched_on = any(getattr(m, "gradient_checkpointing", False) for m in lm.modules())
     compat.no_checkpointing_by_transformers(lm)

@@ -136,6 +136,7 @@ class Engine(ScoringEngine):
     optimizer: Any
     hidden_size: int
     parameters: int
+    active_parameters: int  # that a token meets: fewer in a mixture of experts
 
     def train(
         self, rows: Sequence[PackedRow], total_weight: float, lr: float, replay: bool = False

@@ -16,11 +16,8 @@ from slap_ds.data.packing import PackedRow
 from slap_ds.engine.base import MOMENTS, Engine, load_lm, make_optimizer, prepare_blocks
 from slap_ds.engine.tensor_files import TensorWriter, read_tensors
 from slap_ds.engine.whole_state import open_whole
-from slap_ds.models.causal import (
-    PackedCausalLM,
-    count_parameters,
-    trainable,
-)
+from slap_ds.models.causal import PackedCausalLM, count_parameters, trainable
+from slap_ds.models.experts import active_parameters
 from slap_ds.scoring import ScoreRequest
 
 
@@ -36,7 +33,7 @@ class TorchEngine(Engine):
         chunk = config.scoring.chunk_on(self.device.type)
         self.model = PackedCausalLM(lm, chunk, inputs).train()
         self.hidden_size = model_config.get_text_config().hidden_size
-        self.parameters = count_parameters(lm)
+        self.parameters, self.active_parameters = count_parameters(lm), active_parameters(lm)
         self.config = config
 
     @cached_property

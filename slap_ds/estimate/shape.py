@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from slap_ds.config.schema import LoraConfig
-from slap_ds.models.causal import block_parameters, trainable
+from slap_ds.models.causal import block_parameters, count_parameters, trainable
+from slap_ds.models.experts import active_parameters
 from slap_ds.models.lora import add_adapter
 
 GIB = 2**30
@@ -20,6 +21,7 @@ class Shape:
     """The numbers of a decoder that memory and time depend on."""
 
     parameters: int
+    active: int  # parameters that a token meets: fewer in a mixture of experts
     layers: int
     width: int  # E
     intermediate: int
@@ -34,12 +36,13 @@ class Shape:
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters, active = count_parameters(model), active_parameters(model)
         if lora is not None:
             add_adapter(model, lora, seed=0)
         text = model_config.get_text_config()
         return cls(
             parameters=parameters,
+            active=active,
             trained=sum(p.numel() for p in trainable(model)) if lora is not None else None,
             layers=text.num_hidden_layers,
             width=text.hidden_size,

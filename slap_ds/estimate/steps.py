@@ -41,7 +41,7 @@ def seconds(step: Step, hw: Hardware) -> dict[str, float]:
     """By phase: score, gather, select, train."""
     config, shape, tokens = step.config, step.shape, step.sample_tokens
     local, keep = step.candidates / step.gpus, step.keep
-    forward = block_flops(shape.config, shape.parameters, [round(tokens)]) * local
+    forward = block_flops(shape.config, shape.active, [round(tokens)]) * local
     head = head_flops(shape.config, round(tokens * step.response_share)) * local
     recompute = int(config.model.gradient_checkpointing)
     received = shape.parameters * BYTES[config.model.dtype] * (step.gpus - 1) / step.gpus

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from slap_ds.compat import attention_of, checkpoint_by_transformers, whole_size
 from slap_ds.data.packing import PackedRow
 from slap_ds.models.blocks import Checkpointing, find_blocks, own
+from slap_ds.models.experts import Mode, RouterBalance
 from slap_ds.models.reuse import BlockInputs
 from slap_ds.scoring import (
     Head,
@@ -83,6 +84,7 @@ class PackedCausalLM(nn.Module):
         self.lm = lm
         self.chunk_tokens = chunk_tokens
         self.block_inputs = block_inputs
+        self.balance = RouterBalance.of(lm)
         # Some classes name another attribute as their base, and transformers then gives the whole.
         base = lm.base_model if lm.base_model is not lm else getattr(lm, "model", None)
         if base is None:
@@ -114,6 +116,26 @@ class PackedCausalLM(nn.Module):
         """`score`: HeadScores of the row's samples as a tuple. `train`: the weighted sum of the
         row's token losses, a scalar to run backward on. `own`: the sum of the token losses of the
         row's logits as the model itself computes them, whole, to compare with."""
+        if self.balance is None:
+            return self._run(row, mode, request)
+        self.balance.enter(row, self._use(mode))
+        result = self._run(row, mode, request)
+        self.balance.leave(result)
+        return result
+
+    def _use(self, mode: str) -> Mode | None:
+        """What a row's forward is for, if it ends in a gradient."""
+        inputs = self.block_inputs
+        if inputs is not None and inputs.mode != "train" and mode != "own":
+            return inputs.mode
+        return "train" if mode == "train" else None
+
+    def _run(
+        self,
+        row: PackedRow,
+        mode: Literal["score", "train", "own"],
+        request: ScoreRequest | None,
+    ) -> Any:
         if mode == "own":
             return self.loss_of_logits(self.lm(**self.arguments(row)).logits, row)
         if self.block_inputs is not None:
@@ -247,7 +269,7 @@ def block_flops(model_config: Any, parameters: int, lengths: Sequence[int]) -> f
     (scores and values, half of the square each). Embeddings are look-ups and cost nothing.
 
     Args:
-        parameters: all of the model's, head and embeddings included. lengths: tokens per sample.
+        parameters: that a token meets, head and embeddings included. lengths: tokens per sample.
     """
     text = model_config.get_text_config()
     blocks = float(block_parameters(model_config, parameters))

@@ -311,7 +311,14 @@ def _dropouts(lm: nn.Module) -> Any:
         if isinstance(module, nn.Dropout) and module.p > 0:
             yield "model.lora.dropout" if "lora_dropout" in name else name, module.p
     config: Any = lm.config
-    for name in ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+    for name in (
+        "attention_dropout",
+        "hidden_dropout",
+        "attn_pdrop",
+        "resid_pdrop",
+        "embd_pdrop",
+        "router_jitter_noise",
+    ):
         value = getattr(config, name, 0)
         if isinstance(value, float | int) and value > 0:
             yield name, value

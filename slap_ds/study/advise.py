@@ -134,7 +134,7 @@ def _work(run: Run, drawn: Ints) -> Work:
     (`slap_ds.train.record`)."""
     config, model, store = run.config, run.inputs.model_config, run.inputs.train
     scale = config.batch.candidates / len(drawn)
-    blocks = block_flops(model, run.engine.parameters, store.lengths[drawn].tolist())
+    blocks = block_flops(model, run.engine.active_parameters, store.lengths[drawn].tolist())
     head = head_flops(model, int(store.trained_tokens[drawn].sum()))
     frozen = config.model.lora is not None
     passes = 3 + config.model.gradient_checkpointing - frozen

@@ -120,7 +120,7 @@ def loss_spread(loss: Tensor, picks: Tensor) -> dict[str, list[float]]:
 def _flops(run: Run, plan: StepPlan, picks: Positions) -> dict[str, float]:
     """Analytic FLOPs of the step over all ranks, scoring apart; those of training all; those that
     the picks' forward and backward need, nothing recomputed."""
-    config, parameters, batch = run.inputs.model_config, run.engine.parameters, plan.batch
+    config, parameters, batch = run.inputs.model_config, run.engine.active_parameters, plan.batch
     scoring = 0.0
     if plan.scores:
         method, layers = run.scorer.plan, config.get_text_config().num_hidden_layers

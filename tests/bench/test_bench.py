@@ -103,7 +103,7 @@ def check(point, records, outside_s):
     assert sent <= ours <= sent + 200
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_rates_agree_with_the_metrics_of_the_run(world, model, tmp_path):
     # Enough work for a step that what happens around it is small beside it.
     settings = config(model, tmp_path, batch={"candidates": 96})

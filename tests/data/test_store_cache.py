@@ -162,7 +162,11 @@ store.build_store(["builtin:demo/eval"], format="auto", template=template, max_t
 
 @pytest.mark.parametrize(
     ("setting", "before"),
-    [("true", "fresh"), ("true", "used"), ("false", "fresh")],
+    [
+        ("true", "fresh"),
+        pytest.param("true", "used", marks=pytest.mark.slow),
+        pytest.param("false", "fresh", marks=pytest.mark.slow),
+    ],
 )
 def test_threads_of_the_tokenizer_do_not_hang_the_child(
     setting: str | None, before: str, tmp_path: Path

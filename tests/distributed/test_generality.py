@@ -19,7 +19,11 @@ CASES = {
     "glm": REUSE,
     "gpt2": SEPARATE,
     "gpt2 reuse": REUSE,
+    "mixtral": REUSE,  # with its routers' balance loss
+    "qwen3_moe": REUSE,
+    "glm4_moe": REUSE,
 }
+SLOW = ("gpt2 reuse", "qwen3_moe", "glm4_moe")
 
 
 def config(path: str, run_dir: Path, case: str, **sections) -> Config:
@@ -29,7 +33,7 @@ def config(path: str, run_dir: Path, case: str, **sections) -> Config:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=pytest.mark.slow) if c == "gpt2 reuse" else c for c in CASES],
+    [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES],
 )
 def test_slap_on_two_ranks_is_slap_in_one_process(case, tmp_path):
     model = tiny_model(tmp_path / "model", case.split()[0])
@@ -42,6 +46,18 @@ def test_slap_on_two_ranks_is_slap_in_one_process(case, tmp_path):
     )
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-5
     assert found[0] != found[-1]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "glm4_moe"])
+def test_a_mixture_of_experts_trains_the_same_bits_reused_or_not(kind, tmp_path):
+    model = tiny_model(tmp_path / "model", kind)
+    curves = []
+    for forward in ("separate", "reuse"):
+        sections = {**REUSE, "step": {"forward": forward, "balance": "none"}}
+        run = config(model, tmp_path / forward, kind, engine={"kind": "torch"}, **sections)
+        curves.append(losses(run_config(run)))
+    assert curves[0] == curves[1]
+    assert curves[0][0] != curves[0][-1]
 
 
 def test_gpt2_reuse_trains_the_same_bits_as_separate(tmp_path):

@@ -149,7 +149,7 @@ def test_reuse_trains_the_same_bits_as_separate(kind, world, models, tmp_path):
         assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.parametrize("world", [0, 2])
+@pytest.mark.parametrize("world", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_stop_and_resume_equals_no_stop_bit_for_bit(world, models, tmp_path):
     def go(name):
         c = config(

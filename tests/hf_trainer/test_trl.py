@@ -36,6 +36,7 @@ def run(folder, selection=None, **named):
         gradient_accumulation_steps=2,
         train_sampling_strategy="sequential",
         learning_rate=1e-3,
+        adam_epsilon=1e-6,  # at 1e-8 the rounding of a gradient near 0 is a step
         use_cpu=True,
         report_to=[],
         save_strategy="no",
