@@ -169,6 +169,8 @@ def cost(row: dict[str, str]) -> str:
 
     def said(text: str) -> str:
         value = float(text or math.nan)
+        if value == 0:  # all data's whole run, of cost 1, does not reach that loss for sure
+            return f"< {float(row['cost']):.2f}"
         return "?" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:.2f}"
 
     return f"{said(row['share'])} [{said(row['share_low'])}, {said(row['share_high'])}]"
