@@ -10,7 +10,7 @@ a barrier after the last, so what a step does outside its own stopwatch counts t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def throughput(
     sweep: str | None = None,
     values: Sequence[float] = (),
     peak_flops: float | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[Run, list[dict[str, Any]]]:
     """Measure `steps` steps after `warmup`, once for each value of the sweep (or once).
 
@@ -59,6 +60,7 @@ def throughput(
 
     Args:
         peak_flops: of one device; default: by its name, on a CPU measured.
+        tell: is told what begins, and of each step.
 
     Raises:
         ValueError, FileNotFoundError: what `prepare` raises; steps or a swept value out of range.
@@ -80,14 +82,17 @@ def throughput(
             mean = min(512, config.data.max_tokens)
         return random_inputs(config, mean, data.spread, data.response_share)
 
-    run = prepare(config, read=read if data.random else None)
+    run = prepare(config, read=read if data.random else None, tell=tell)
+    tell(f"measures {steps} steps after {warmup} of warm-up")
     peak, source = _peak(run, peak_flops)
     metrics = JsonLines(run.run_dir / "metrics.jsonl", 0) if run.comm.rank == 0 else None
     points = []
     for value, changed in settings:
+        if value is not None:
+            tell(f"{sweep} {value:g}")
         state = TrainState(run.state.step)
         point_run = replace(run, config=changed.model_copy(update=updates), state=state)
-        point = _measure(point_run, steps, warmup, metrics, peak, source)
+        point = _measure(point_run, steps, warmup, metrics, peak, source, tell)
         run.state.step = point_run.state.step
         points.append({"sweep": sweep, "value": value, **point})
     if metrics is not None:
@@ -105,7 +110,13 @@ def _set(config: Config, sweep: str | None, value: float) -> Config:
 
 
 def _measure(
-    run: Run, steps: int, warmup: int, metrics: JsonLines | None, peak: float | None, source: str
+    run: Run,
+    steps: int,
+    warmup: int,
+    metrics: JsonLines | None,
+    peak: float | None,
+    source: str,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     first = run.state.step
@@ -118,6 +129,7 @@ def _measure(
         batch = CandidateBatch(run.inputs.train, next(run.stream))
         record = train_step(run, run.state.step, batch)
         record.metrics["warmup"] = number < warmup
+        tell(f"step {number + 1}/{warmup + steps}: {record.metrics['step_s']:.3g} s")
         if metrics is not None:
             metrics.write(record.metrics)
         if number >= warmup:

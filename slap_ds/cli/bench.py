@@ -62,6 +62,7 @@ def _throughput(options: argparse.Namespace, rest: list[str]) -> None:
         raise ValueError("--hostfile and --launcher are for --sweep nodes")
     from slap_ds.bench.environment import describe
     from slap_ds.bench.throughput import Data, throughput
+    from slap_ds.cli.announce import tell
     from slap_ds.config.file import read_config
     from slap_ds.engine import stop_ranks
 
@@ -75,6 +76,7 @@ def _throughput(options: argparse.Namespace, rest: list[str]) -> None:
         options.sweep,
         options.values,
         options.peak_flops,
+        tell,
     )
     if run.comm.rank == 0:
         _show(points, options, describe(run.engine.device))

@@ -187,6 +187,8 @@ def test_the_command_writes_json_table_and_plot(model, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     (point,) = result["points"]
+    told = [line.split(":")[1] for line in done.stderr.splitlines() if "slap-ds: step" in line]
+    assert told == [" step 1/3", " step 2/3", " step 3/3"]
     assert result["environment"]["torch"]
     assert f"{point['candidate_tokens_per_s']:,.0f}" in done.stdout
     assert "matrix products of this run" in done.stdout
