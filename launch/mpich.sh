@@ -16,7 +16,7 @@ set -euo pipefail
 : "${HOSTFILE:=hosts}" "${MASTER_PORT:=29500}" "${IFNAME:=}" "${PASS:=}" "${MPIEXEC:=mpiexec}"
 
 found=$(python -m slap_ds.launch.environment "$HOSTFILE")
-read -r first ranks <<<"$found"
+read -r ranks first _ <<<"$found"
 export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
 
 # hydra writes `gpu1:8` where deepspeed and OpenMPI write `gpu1 slots=8`.

@@ -18,8 +18,19 @@ set -euo pipefail
 
 # deepspeed takes a hostfile it cannot find for one that says: this machine only.
 found=$(python -m slap_ds.launch.environment "$HOSTFILE")
-read -r first ranks <<<"$found"
+read -r ranks first others <<<"$found"
 echo "$ranks ranks, rank 0 on $first" >&2
+
+# Ranks on the other hosts would wait for a host that cannot be reached, until their time is up.
+lost=$(for host in $first $others; do
+  (ssh -o BatchMode=yes -o ConnectTimeout="$SSH_LOST_S" "$host" true 2>/dev/null || echo "$host") &
+done; wait)
+if [ -n "$lost" ]; then
+  echo "slap-ds: error: no ssh without a password to" $lost "of $HOSTFILE: mend that, or take them" \
+    "out; slap-ds doctor --hostfile $HOSTFILE says more" >&2
+  exit 1
+fi
+
 if [ -n "$IFNAME" ]; then export NCCL_SOCKET_IFNAME=$IFNAME GLOO_SOCKET_IFNAME=$IFNAME; fi
 
 # pdsh starts a bare shell on every host; deepspeed sets there what this file names. It is open and

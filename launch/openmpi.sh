@@ -16,7 +16,7 @@ set -euo pipefail
 : "${HOSTFILE:=hosts}" "${MASTER_PORT:=29500}" "${IFNAME:=}" "${PASS:=}" "${MPIRUN_ARGS:=}"
 
 found=$(python -m slap_ds.launch.environment "$HOSTFILE")
-read -r first ranks <<<"$found"
+read -r ranks first _ <<<"$found"
 export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
 
 # Cores are torch's to share out; every host is reached from here, not through another host.

@@ -354,12 +354,12 @@ def read_hostfile(path: str) -> dict[str, int]:
 
 
 def _main(path: str) -> None:
-    """For the scripts in launch/: the first host and the number of ranks."""
+    """For the scripts in launch/: the number of ranks, and the hosts, rank 0's first."""
     try:
         hosts = read_hostfile(path)
     except (ValueError, OSError) as error:
         sys.exit(f"slap-ds: error: {error}")
-    print(next(iter(hosts)), sum(hosts.values()))
+    print(sum(hosts.values()), *hosts)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ def start(tmp_path):
     for name in ("deepspeed", "torchrun", "mpirun", "mpiexec", "srun"):
         (folder / name).write_text(FAKE)
         (folder / name).chmod(0o755)
+    ssh = folder / "ssh"  # to a host, which is the last but one word
+    ssh.write_text('#!/bin/bash\nhost=${*: -2:1}\n[[ ! $host =~ ^lost ]]\n')
+    ssh.chmod(0o755)
     scontrol = folder / "scontrol"
     scontrol.write_text("#!/bin/sh\nprintf 'gpu1\\ngpu2\\n'\n")
     scontrol.chmod(0o755)
@@ -223,6 +226,16 @@ def test_bad_host_files_start_nothing(launch, script, tmp_path):
     assert done.stdout == ""
     assert "no hostfile at 'nowhere'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_hosts_that_cannot_be_reached_are_named_and_nothing_starts(launch, tmp_path):
+    hosts = "gpu1 slots=2\nlost1 slots=2\ngpu2 slots=2\nlost2 slots=2\n"
+    (tmp_path / "hosts").write_text(hosts)
+    done = launch("multi_node.sh")
+    assert (done.returncode, done.stdout) == (1, "")
+    _, error = done.stderr.splitlines()
+    named = re.search("no ssh without a password to (.*) of hosts: mend", error)[1]
+    assert sorted(named.split()) == ["lost1", "lost2"]
 
 
 @pytest.mark.fault_row(18)
