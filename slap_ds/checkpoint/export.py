@@ -1,4 +1,4 @@
-"""From a run's newest checkpoint to a Hugging Face folder."""
+"""From a run's newest or best checkpoint to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from slap_ds import jsonl
 from slap_ds.checkpoint import find as checkpoints
 from slap_ds.checkpoint.card import write_card
 from slap_ds.checkpoint.generation import generation_config
+from slap_ds.checkpoint.state import VALUES
 from slap_ds.compat import tied_names
 from slap_ds.config.schema import Config
 from slap_ds.data.kept_tokenizer import save_tokenizer
@@ -26,7 +27,13 @@ from slap_ds.models.load import DTYPES, load_config, load_tokenizer, whole_files
 from slap_ds.models.lora import check_merged, logits_of, merged, with_adapter
 
 
-def export(run_dir: Path, out: Path, merge: bool = False, licence: str | None = None) -> Path:
+def export(
+    run_dir: Path,
+    out: Path,
+    merge: bool = False,
+    licence: str | None = None,
+    best: bool = False,
+) -> Path:
     """Write weights (safetensors), config, tokenizer, chat template and a model card of a run into
     `out`.
 
@@ -34,18 +41,17 @@ def export(run_dir: Path, out: Path, merge: bool = False, licence: str | None = 
 
     Args:
         licence: for the model card, by a hub's name of it.
+        best: the checkpoint of the lowest evaluation, kept by checkpoint.best; not the newest.
 
     Raises:
         FileNotFoundError: the run has no whole checkpoint.
         ValueError: the checkpoint's weights do not fit its config, or there is nothing to merge.
     """
-    newest = checkpoints.newest(run_dir, Comm())
-    if newest is None:
-        raise FileNotFoundError(f"{str(run_dir)!r} holds no whole checkpoint to export")
-    config = Config.model_validate(newest.manifest["config"])
+    chosen = _checkpoint(run_dir, best)
+    config = Config.model_validate(chosen.manifest["config"])
     if merge and config.model.lora is None:
         raise ValueError(f"{str(run_dir)!r} trained no adapter: export it without --merge")
-    model = _adapted(config, newest.folder, merge) if config.model.lora else _whole(config, newest)
+    model = _adapted(config, chosen.folder, merge) if config.model.lora else _whole(config, chosen)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
     template = make_template(config.data.template, tokenizer)
     if config.model.lora is None or merge:
@@ -61,12 +67,12 @@ def export(run_dir: Path, out: Path, merge: bool = False, licence: str | None = 
     save_tokenizer(tokenizer, template, out)
     note = {
         "run": run_dir.name,
-        "step": newest.step,
-        "steps": _steps(config, newest),
+        "step": chosen.step,
+        "steps": _steps(config, chosen),
         "template": template.name,
     }
     (out / "slap_ds.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    write_card(out, run_dir, newest, licence)
+    write_card(out, run_dir, chosen, licence)
     # safetensors makes its files readable for their owner alone.
     for file in out.iterdir():
         if file.is_file():
@@ -77,9 +83,30 @@ def export(run_dir: Path, out: Path, merge: bool = False, licence: str | None = 
     return out
 
 
+def _checkpoint(run_dir: Path, best: bool) -> checkpoints.Checkpoint:
+    newest = checkpoints.newest(run_dir, Comm())
+    if newest is None:
+        raise FileNotFoundError(f"{str(run_dir)!r} holds no whole checkpoint to export")
+    if not best:
+        return newest
+    step = _state(newest).get("best", {}).get("step", 0)
+    found = next((c for c in checkpoints.find(run_dir) if c.step == step), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{str(run_dir)!r} keeps no checkpoint of its lowest evaluation: train with "
+            "checkpoint.best, or export without --best"
+        )
+    checkpoints.check(found)
+    return found
+
+
+def _state(checkpoint: checkpoints.Checkpoint) -> Any:
+    return jsonl.loads((checkpoint.folder / VALUES).read_bytes())
+
+
 def _steps(config: Config, newest: checkpoints.Checkpoint) -> int:
     """How many steps the whole run has."""
-    state = jsonl.loads((newest.folder / "state.json").read_bytes())
+    state = _state(newest)
     samples, candidates = state["stream"]["samples"], config.batch.candidates
     return len(
         CandidateStream(samples, candidates, config.seed, steps=config.steps, epochs=config.epochs)

@@ -58,6 +58,7 @@ class Saver:
     run_dir: Path
     comm: Comm
     keep_last: int = 2
+    spared: int = 0  # the step of one that stays besides
     background: bool = False
     _pending: _Pending | None = None
     records: list[dict[str, Any]] = field(default_factory=list)  # of checkpoints made visible
@@ -205,7 +206,8 @@ class Saver:
         sync(self.root)
         # What is older goes once the new one is there, as a reader finds it.
         read(final)
-        older = [found for found in find(self.run_dir) if found.step < pending.step]
+        found = [f for f in find(self.run_dir) if f.step < pending.step]
+        older = [f for f in found if f.step != self.spared]
         for old in older[: max(0, len(older) + 1 - self.keep_last)]:
             gone = old.folder.with_name(f".tmp-{old.folder.name}")
             os.rename(old.folder, gone)

@@ -44,9 +44,11 @@ def about(run: Run, config_file: str) -> None:
 
 def finished(run: Run) -> None:
     """Where it is, and what comes next."""
-    where = run.config.run_dir
+    where, best = run.config.run_dir, run.state.best
+    if run.config.checkpoint.best and best.step:
+        tell(f"the best checkpoint is that after step {best.step}: slap-ds export {where} --best")
     tell(
-        f"done, {counted(len(run.stream), 'step')} in {where}; next: slap-ds report {where}, "
+        f"done, {counted(run.state.step, 'step')} in {where}; next: slap-ds report {where}, "
         f"slap-ds eval {where}, slap-ds export {where}"
     )
 

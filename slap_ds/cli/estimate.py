@@ -148,6 +148,6 @@ def _table(found: list[Outlook], config: Config) -> Table:
     hours = ["data not read" if o.hours is None else f"{o.hours:.1f}" for o in found]
     table.add_row("hours, without evaluation", *hours, style="bold")
     table.add_row("GB a checkpoint", *(f"{o.checkpoint_bytes / 1e9:.1f}" for o in found))
-    kept = f"GB on disk ({config.checkpoint.keep_last} checkpoints and one being written)"
+    kept = f"GB on disk ({config.checkpoint.at_once - 1} checkpoints and one being written)"
     table.add_row(kept, *(f"{o.disk_bytes / 1e9:.1f}" for o in found))
     return table

@@ -13,6 +13,7 @@ def add(commands: Commands) -> None:
     export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
     export.add_argument("run_dir")
     export.add_argument("--out", help="target folder (default RUN_DIR/model)")
+    export.add_argument("--best", action="store_true", help="of checkpoint.best, not the newest")
     export.add_argument("--merge", action="store_true", help="LoRA: add the adapter into the model")
     export.add_argument("--license", help="for the model card, such as apache-2.0")
     export.add_argument("--push", metavar="OWNER/NAME", help="upload to a hub, privately")
@@ -41,7 +42,8 @@ def _export(options: argparse.Namespace, rest: list[str]) -> None:
     from slap_ds.checkpoint.export import export
 
     run_dir = Path(options.run_dir)
-    out = export(run_dir, Path(options.out or run_dir / "model"), options.merge, options.license)
+    out = Path(options.out or run_dir / "model")
+    export(run_dir, out, options.merge, options.license, options.best)
     note = json.loads((out / "slap_ds.json").read_text("utf-8"))
     print(f"wrote {out}: step {note['step']} of {note['steps']}")
     if options.push:

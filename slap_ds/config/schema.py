@@ -272,6 +272,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only after the last step."""
     keep_last: int = Field(2, ge=1)
     """How many checkpoints stay on disk."""
+    best: bool = False
+    """Also save after every evaluation that lowers evaluation.metric, and keep the checkpoint of
+    the lowest one beside the last; `slap-ds export RUN --best` writes it."""
     last: bool = True
     """Whether the last step ends with one; a run of a study that is only measured needs none."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -285,12 +288,22 @@ class CheckpointConfig(Section):
     verify: bool = True
     """Compare the SHA-256 of every file before a checkpoint is used; false: only the sizes."""
 
+    @property
+    def at_once(self) -> int:
+        """How many lie on the disk at most, the one that is being written included."""
+        return self.keep_last + self.best + 1
+
 
 class EvaluationConfig(Section):
     """`evaluation`: losses on the evaluation data during the run."""
 
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first step and after the last."""
+    metric: str = "eval_loss"
+    """What the best checkpoint and an early end go by: eval_loss, eval_loss_by_task.NAME or
+    eval_loss_by_source.NAME, as in metrics.jsonl; lower is better."""
+    patience: int = Field(0, ge=0)
+    """End the run after so many evaluations in a row that did not lower `metric`; 0: never."""
     max_samples: int | None = Field(None, ge=1)
     """Evaluate on a fixed random subset of this size; default: all."""
     keep_losses: bool = False
@@ -369,6 +382,12 @@ class Config(Section):
                     f"{key} is {tokens}, less than data.max_tokens {self.data.max_tokens}: "
                     "a sample must fit into one row"
                 )
+        judged = self.checkpoint.best or self.evaluation.patience
+        if judged and not (self.data.eval and self.evaluation.every):
+            raise ValueError(
+                "checkpoint.best and evaluation.patience go by evaluations: set evaluation.every "
+                "and data.eval"
+            )
         if self.step.forward == "reuse" and self.step.balance == "deal":
             raise ValueError(
                 "step.balance deal moves picks to other ranks, step.forward reuse keeps their "

@@ -30,7 +30,7 @@ class Outlook:
     steps: int | None  # None: depends on data that were not read
     hours: float | None  # without evaluations and checkpoints
     checkpoint_bytes: float
-    disk_bytes: float  # checkpoint.keep_last of them, and one being written
+    disk_bytes: float  # checkpoint.at_once of them
     advice: str | None  # where it gains nothing over full training
 
 
@@ -63,7 +63,7 @@ def outlook(
         steps=steps,
         hours=None if steps is None else steps * mean_s / 3600,
         checkpoint_bytes=size,
-        disk_bytes=size * (config.checkpoint.keep_last + 1),
+        disk_bytes=size * config.checkpoint.at_once,
         advice=advice(*given, e, gpu, hardware),
     )
 

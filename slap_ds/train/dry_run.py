@@ -83,7 +83,7 @@ def dry_run(config: Config, gpus: int | None = None) -> DryRun:
         f"on {gpus} {gpu.name}": "by formula (slap-ds estimate has its parts)",
         "memory": f"{ahead.estimate.needed_gib:.1f} of {gpu.gib:.0f} GiB a GPU",
         "time": _duration(ahead.hours or 0.0),
-        "disk": f"{ahead.disk_bytes / 1e9:.2g} GB for {config.checkpoint.keep_last + 1} "
+        "disk": f"{ahead.disk_bytes / 1e9:.2g} GB for {config.checkpoint.at_once} "
         f"checkpoints, {_free(run_dir) / 1e9:,.0f} GB free",
     }
     found = DryRun(facts)

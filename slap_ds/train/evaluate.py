@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,24 @@ def evaluate_loss(
             "tokens": tokens.tolist(),
         }
     return result
+
+
+def value_of(result: Mapping[str, Any], metric: str) -> float:
+    """The number that `metric` names in what `evaluate_loss` gave, such as eval_loss_by_task.qa.
+
+    Raises:
+        ValueError: it names none; says which there are.
+    """
+    group, _, name = metric.partition(".")
+    found = result.get(group)
+    value = found.get(name) if isinstance(found, Mapping) else None if name else found
+    if not isinstance(value, float):
+        known = [f"{key}.{each}" for key, x in result.items() if isinstance(x, dict) for each in x]
+        known = [each for each in known if each.startswith("eval_loss_by_")]
+        raise ValueError(
+            f"evaluation.metric is {metric!r}, expected eval_loss or one of {', '.join(known)}"
+        )
+    return value
 
 
 def few_labels(

@@ -42,7 +42,9 @@ class Journal:
             self._write("metrics", {"event": "settings", "step": first - 1, "changed": run.changed})
             for key, (was, now) in run.changed.items():
                 self.progress.note(f"continues from step {first} with {key} {now} (it was {was})")
-        if first >= len(run.stream):
+        if run.ended:
+            self.ended_early()
+        elif first >= len(run.stream):
             self.progress.note(
                 f"{run.run_dir} has done {first} of {len(run.stream)} steps, nothing is left to "
                 "do: raise steps or epochs, or choose another run_dir"
@@ -82,6 +84,16 @@ class Journal:
             if self._trackers is not None:
                 self._trackers.evaluation({"step": step, **result})
             self.progress.note(f"evaluation loss {result['eval_loss']:.4f} nats per token")
+
+    def ended_early(self) -> None:
+        """No step follows, though some were planned."""
+        best, metric = self.run.state.best, self.run.config.evaluation.metric
+        when = "was never finite"
+        if best.value is not None:
+            when = f"was lowest after step {best.step} ({best.value:.4f})"
+        self.progress.note(
+            f"ends early: {metric} {when}, and not in {best.waited} evaluations since"
+        )
 
     def checkpoints(self) -> None:
         """The checkpoints made visible since the last call."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from slap_ds import jsonl
-from slap_ds.train.evaluate import evaluate_loss
+from slap_ds.train.evaluate import evaluate_loss, value_of
 from slap_ds.train.journal import Journal
 from slap_ds.train.record import step_record
 from slap_ds.train.run import Run
@@ -30,7 +30,7 @@ def train(run: Run, callbacks: Sequence[Callable[[Mapping[str, Any]], object]] =
     """
     with Journal(run, callbacks) as journal, Trace(run) as trace:
         if run.state.step == 0 or run.state.owes_evaluation:
-            journal.evaluation(run.state.step - 1, evaluate(run, run.state.step - 1))
+            evaluated(run, run.state.step - 1, journal)
         for step in run.steps_left():
             trace.at(step)
             plan = plan_step(run, step)
@@ -40,6 +40,9 @@ def train(run: Run, callbacks: Sequence[Callable[[Mapping[str, Any]], object]] =
             journal.step(step_record(run, plan, scored, picks, result))
             if run_due(run, step, result.stop, journal):
                 raise Preempted(f"stopped and saved after {step + 1} steps; start again to go on")
+            if run.ended:
+                journal.ended_early()
+                break
         run.saver.wait()
         journal.checkpoints()
 
@@ -52,18 +55,31 @@ def run_due(run: Run, step: int, stop: bool, journal: Journal) -> bool:
     # Whoever asked for a stop may not be willing to wait for an evaluation: it comes after the
     # checkpoint, in this run or in the one that continues.
     run.state.owes_evaluation = evaluates and stop
-    if evaluates and not stop:
-        journal.evaluation(step, evaluate(run, step))
+    better = evaluates and not stop and evaluated(run, step, journal)
     kept = run.config.checkpoint
-    if (last and kept.last) or _due(step, kept.every) or stop:
+    ends = (last or run.ended) and kept.last
+    if ends or _due(step, kept.every) or stop or (kept.best and better):
         save(run, step + 1)
     if stop:
         run.saver.wait()
         if last:
-            journal.evaluation(step, evaluate(run, step))
+            evaluated(run, step, journal)
     run.saver.poll()
     journal.checkpoints()
     return stop and not last
+
+
+def evaluated(run: Run, step: int, journal: Journal) -> bool:
+    """Evaluate after `step` and write it down; returns whether no evaluation before was as low."""
+    result = evaluate(run, step)
+    better = False
+    if result:
+        value = value_of(result, run.config.evaluation.metric)
+        better = step >= 0 and run.state.best.note(step + 1, value)
+    if run.config.checkpoint.best:
+        run.saver.spared = run.state.best.step
+    journal.evaluation(step, result)
+    return better
 
 
 def evaluate(run: Run, step: int) -> dict[str, Any]:

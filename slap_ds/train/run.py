@@ -5,8 +5,9 @@ run = prepare(config)      # every mistake of the user's is told before the firs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,24 @@ from slap_ds.train.trackers import check_trackers
 
 
 @dataclass
+class Best:
+    """The lowest evaluation so far, of those after a step."""
+
+    step: int = 0  # how many were done; 0: there was no evaluation yet
+    value: float | None = None
+    waited: int = 0  # evaluations in a row since then
+
+    def note(self, step: int, value: float) -> bool:
+        """An evaluation after `step` steps; returns whether it is the lowest."""
+        lower = self.value is None or value < self.value
+        if lower and math.isfinite(value):
+            self.step, self.value, self.waited = step, value, 0
+            return True
+        self.waited += 1
+        return False
+
+
+@dataclass
 class TrainState:
     """How far a run has come; saved with its checkpoints, whose name has the step."""
 
@@ -34,15 +53,21 @@ class TrainState:
     skipped: int = 0  # steps in a row, up to now, whose loss or gradients were not finite
     totals: dict[str, float] = field(default_factory=dict)  # sums over all steps
     owes_evaluation: bool = False  # one was due when the run was asked to stop
+    best: Best = field(default_factory=Best)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {"totals": self.totals, "owes_evaluation": self.owes_evaluation}
+        return {
+            "totals": self.totals,
+            "owes_evaluation": self.owes_evaluation,
+            "best": asdict(self.best),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Continue after `step` steps."""
         self.step, self.totals = step, dict(state["totals"])
         self.owes_evaluation = bool(state.get("owes_evaluation"))
+        self.best = Best(**state.get("best", {}))
 
 
 @dataclass
@@ -63,7 +88,9 @@ class Run:
 
     def __post_init__(self) -> None:
         kept = self.config.checkpoint
-        self.saver = Saver(self.run_dir, self.comm, kept.keep_last, kept.background)
+        self.saver = Saver(
+            self.run_dir, self.comm, keep_last=kept.keep_last, background=kept.background
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -86,8 +113,14 @@ class Run:
         return wanted
 
     def steps_left(self) -> range:
-        """The steps that are not done."""
-        return range(self.state.step, len(self.stream))
+        """The steps that are not done; none after an early end."""
+        return range(self.state.step, self.state.step if self.ended else len(self.stream))
+
+    @property
+    def ended(self) -> bool:
+        """Whether evaluations have not got better for so long that no further step is made."""
+        patience = self.config.evaluation.patience
+        return patience > 0 and self.state.best.waited >= patience
 
     def step_done(self, step: int) -> None:
         """After the first one nobody waits for data or builds: the shorter time-out applies."""

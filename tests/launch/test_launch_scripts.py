@@ -37,7 +37,7 @@ def start(tmp_path):
         (folder / name).write_text(FAKE)
         (folder / name).chmod(0o755)
     ssh = folder / "ssh"  # to a host, which is the last but one word
-    ssh.write_text('#!/bin/bash\nhost=${*: -2:1}\n[[ ! $host =~ ^lost ]]\n')
+    ssh.write_text("#!/bin/bash\nhost=${*: -2:1}\n[[ ! $host =~ ^lost ]]\n")
     ssh.chmod(0o755)
     scontrol = folder / "scontrol"
     scontrol.write_text("#!/bin/sh\nprintf 'gpu1\\ngpu2\\n'\n")
