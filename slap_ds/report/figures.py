@@ -283,11 +283,12 @@ def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
     y: str,
+    x: str = "steps done",
     thin: Sequence[str] = (),
     stacked: bool = False,
     log_y: bool = False,
 ) -> Path:
-    """Values over steps: name -> (steps, values); `stacked` fills one above the other."""
+    """Values over steps, or over `x`: name -> (steps, values); `stacked` fills one above the other."""
     figure, axis = plt.subplots(figsize=(7.2, 3.0))
     looks = style(lines)
     if stacked:
@@ -313,7 +314,7 @@ def curves(
             )
     if log_y:
         axis.set_yscale("log")
-    axis.set_xlabel("step")
+    axis.set_xlabel(x)
     axis.set_ylabel(y)
     if len(lines) > 1:
         _legend_below(figure, axis, len(lines))

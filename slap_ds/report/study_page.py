@@ -15,7 +15,7 @@ from slap_ds.report.coverage import (
     Labels,
     Slice,
     cover,
-    label_samples,
+    labels_of,
     merged,
     run_config,
     said_starved,
@@ -40,7 +40,6 @@ from slap_ds.study.plan import BASES, PLAIN, Study
 from slap_ds.study.records import Records
 from slap_ds.study.results import collect
 from slap_ds.study.run import read_outcome
-from slap_ds.train.inputs import read_inputs
 
 Hungry = dict[str, tuple[list[Slice], float]]
 _COSTS = ("flops", "scoring_flops", "full_flops", "step_s", "score_s", "selection_s")
@@ -294,12 +293,7 @@ def _coverage(
         parts, drawn, kept, deciles = [], 0, 0, []
         for row in members:
             run_dir = folder / "cells" / row["cell"]
-            config = run_config(run_dir)
-            model = config.model.model_dump_json(include={"path", "tokenizer"})
-            key = config.data.model_dump_json() + model
-            if key not in labels:
-                labels[key] = label_samples(read_inputs(config))
-            covered = cover(run_dir, labels[key])
+            covered = cover(run_dir, labels_of(run_config(run_dir), labels))
             parts.append(covered.slices)
             drawn += int(covered.drawn.sum())
             kept += int(covered.kept.sum())
