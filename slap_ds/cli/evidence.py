@@ -88,7 +88,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
     folders = [Path(folder) for folder in options.folders]
     out = Path(options.out) if options.out else None
     if options.watch:
-        page = watch(folders, out, options.every, lambda text: print(f"wrote {text}", flush=True))
+        page = watch(folders, out, options.every, lambda text: print(text, flush=True))
     else:
         page = report(folders, out)
     print(f"wrote {page}")

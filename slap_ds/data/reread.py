@@ -57,7 +57,8 @@ def reread(
                 continue
             if index >= len(store) or sample.content != store.content[index]:
                 raise ValueError(
-                    f"{where}, row {number}, is not what was read before: the data have changed, run this again"
+                    f"{where}, row {number}, is not what was read before: the data have changed, "
+                    "run this again"
                 )
             yield Origin(index, row, conversation)
             index += 1

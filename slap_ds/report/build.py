@@ -76,19 +76,21 @@ def watch(
     Raises: as `report`, but that a run may have no step yet.
     """
     known: dict[str, Labels] = {}
-    told = False
+    said = ""
     while True:
         running = any(is_running(folder) for folder in folders)
         began = time.monotonic()
         try:
             page = report(folders, out, known, every_s if running else None)
         except (FileNotFoundError, ValueError):
-            if not running or told:  # what was written once can be written again
+            if not running or said.startswith("wrote"):
                 raise
+            news = "waits for the first step"
         else:
             if not running:
                 return page
-            if not told:
-                tell(f"{page}, anew every {every_s} s until the run ends")
-            told = True
+            news = f"wrote {page}, and again every {every_s} s until the run ends"
+        if news != said:
+            tell(news)
+        said = news
         time.sleep(max(every_s, REST * (time.monotonic() - began)))

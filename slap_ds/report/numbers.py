@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 _UNITS = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 
@@ -22,17 +23,12 @@ def flops_text(number: float) -> str:
 
 def duration_text(seconds: float) -> str:
     """3 d 4 h, 3 h 12 min, 12 min 5 s, 8.4 s."""
-    if round(seconds) < 60:
-        return f"{_three(seconds)} s"
-    for unit, size, part, smaller in (
-        ("d", 86400, "h", 3600),
-        ("h", 3600, "min", 60),
-        ("min", 60, "s", 1),
-    ):
+    units = {"d": 86400, "h": 3600, "min": 60, "s": 1}
+    for (unit, size), (part, smaller) in pairwise(units.items()):
         if round(seconds) >= size:
-            break
-    whole, rest = divmod(round(seconds / smaller), size // smaller)
-    return f"{whole} {unit} {rest} {part}"
+            whole, rest = divmod(round(seconds / smaller), size // smaller)
+            return f"{whole} {unit} {rest} {part}"
+    return f"{_three(seconds)} s"
 
 
 def plain(value: object) -> str:
@@ -48,6 +44,12 @@ def plain(value: object) -> str:
     if abs(value) >= 1000:
         return ("−" if value < 0 else "") + size_text(abs(value))
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}".replace("-", "−")
+
+
+def interval_text(mean: float, low: float, high: float) -> str:
+    """A mean with its interval, if there is one."""
+    said, *ends = (f"{x:.4f}".replace("inf", "∞").replace("-", "−") for x in (mean, low, high))
+    return said if math.isnan(low) else f"{said} [{ends[0]}, {ends[1]}]"
 
 
 def _three(value: float) -> str:

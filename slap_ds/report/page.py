@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,15 +33,15 @@ p { max-width: 46rem; } .quiet, figcaption, dt, footer { color: var(--quiet); fo
 figure { margin: 1rem 0 1.75rem; } figcaption { max-width: 46rem; }
 img { display: block; width: auto; max-width: 100%; min-width: 32rem; mix-blend-mode: multiply; }
 @media (prefers-color-scheme: dark) {
-  img { filter: invert(.92) hue-rotate(180deg); mix-blend-mode: screen; } }
+  img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; } }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums;
   margin: .75rem 0; overflow-wrap: normal; }
-th, td { padding: .3rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
-  vertical-align: top; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+  vertical-align: top; } td { white-space: nowrap; }
 th { color: var(--quiet); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { padding-left: 0; text-align: left; min-width: 6rem;
-  max-width: 22rem; overflow-wrap: anywhere; }
-td.word { text-align: left; } tr.part td { padding-top: 1.1rem; color: var(--accent);
+  max-width: 22rem; white-space: normal; overflow-wrap: anywhere; }
+tr.part td { padding-top: 1.1rem; color: var(--accent);
   font-weight: 600; }
 tbody tr:hover td { background: var(--box); }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr));
@@ -108,11 +109,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def _row(row: Sequence[object], columns: int) -> str:
     if len(row) == 1 < columns:
         return f'<tr class="part"><td colspan="{columns}">{html.escape(plain(row[0]))}</td></tr>\n'
-    cells = (
-        f"<td>{value}</td>" if isinstance(value, Markup) else f"<td>{html.escape(plain(value))}</td>"
-        for value in row
-    )
-    return f"<tr>{''.join(cells)}</tr>\n"
+    cells = (v if isinstance(v, Markup) else html.escape(plain(v)) for v in row)
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
 
 
 def verdict(word: str) -> Markup:
@@ -124,9 +122,15 @@ def verdict(word: str) -> Markup:
 def facts(values: Mapping[str, str]) -> str:
     """Names and what they are."""
     parts = (
-        f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in values.items()
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(_held(value))}</dd></div>"
+        for name, value in values.items()
     )
     return f"<dl>{''.join(parts)}</dl>"
+
+
+def _held(text: str) -> str:
+    """Numbers in one line with their units."""
+    return re.sub(r"(?<=\d) (?=([kMBTPE]|GiB|min|[dhs]|[A-Z]?FLOPs)\b)", "\N{NO-BREAK SPACE}", text)
 
 
 def tiles(values: Sequence[tuple[str, str]]) -> str:

@@ -132,9 +132,9 @@ def _facts(log: RunLog) -> dict[str, str]:
         found["Started"] = date_text(log.starts[0]["time"])
         if len(log.starts) > 1:
             found["Started"] += f"; {len(log.starts)} starts, the last {date_text(start['time'])}"
+    found["Time"] = f"{duration_text(total['step_s'])} in steps"
     if log.elapsed_s is not None:
-        found["Wall time"] = f"{duration_text(log.elapsed_s)}, evaluations and checkpoints included"
-    found["Time in steps"] = duration_text(total["step_s"])
+        found["Time"] = f"{duration_text(log.elapsed_s)}, {found['Time']}"
     found["Trained"] = (
         f"{size_text(total['picked'])} samples, {size_text(total['trained_tokens'])} tokens "
         f"({size_text(total['trained_tokens'] / total['step_s'])} a second in steps), "
@@ -162,12 +162,11 @@ def state(log: RunLog) -> str:
 
 def rejects(log: RunLog) -> str:
     """What of the data was not used."""
-    lists = {"of the training data": "rejects.jsonl", "of the evaluation data": "rejects-eval.jsonl"}
     parts = []
-    for what, name in lists.items():
+    for what, name in (("training", "rejects.jsonl"), ("evaluation", "rejects-eval.jsonl")):
         path = log.folder / name
         if path.is_file() and (count := len(read_lines(path))):
-            parts.append(f"{counted(count, 'row')} {what} ({name})")
+            parts.append(f"{counted(count, 'row')} of the {what} data ({name})")
     rows = log.starts[-1]["rows"] if log.starts else {}
     for key, what in (
         ("dropped_too_long", "too long"),

@@ -7,19 +7,11 @@ from pathlib import Path
 
 from slap_ds.report import figures
 from slap_ds.report.coverage import Labels
+from slap_ds.report.names import names_of
 from slap_ds.report.numbers import duration_text, flops_text, size_text
 from slap_ds.report.page import figure, folded, heading, paragraph, table
 from slap_ds.report.run_head import RunLog, state
 from slap_ds.report.run_page import done, run_page
-
-
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many folders before them as tell them apart."""
-    paths = [folder.resolve().parts for folder in folders]
-    depth = 1
-    while depth < max(map(len, paths)) and len({p[-depth:] for p in paths}) < len(set(paths)):
-        depth += 1
-    return ["/".join(parts[-depth:]) for parts in paths]
 
 
 def runs_page(logs: Sequence[RunLog], out: Path, known: dict[str, Labels]) -> list[str]:

@@ -107,13 +107,12 @@ def browser() -> Iterator[Browser]:
     assert CHROMIUM is not None
     here, theirs = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        options = f"--headless --no-sandbox --disable-gpu --user-data-dir={profile}"
+        command = (
+            f"exec {CHROMIUM} --headless --no-sandbox --disable-gpu --hide-scrollbars "
+            f"--user-data-dir={profile} --remote-debugging-pipe 3<&{here[0]} 4>&{theirs[1]}"
+        )
         process = subprocess.Popen(
-            [
-                "bash",
-                "-c",
-                f"exec {CHROMIUM} {options} --remote-debugging-pipe 3<&{here[0]} 4>&{theirs[1]}",
-            ],
+            ["bash", "-c", command],
             pass_fds=(here[0], theirs[1]),
             stderr=subprocess.DEVNULL,
         )
