@@ -11,7 +11,7 @@ _UNITS = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1
 def size_text(number: float) -> str:
     """Three digits and a unit: 8.03 B, 480 k; below a thousand a whole number."""
     for unit, size in _UNITS:
-        if round(number / size, 2) >= 1:
+        if number >= 0.9995 * size:
             return f"{_three(number / size)} {unit}"
     return f"{number:.0f}"
 

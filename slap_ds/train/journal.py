@@ -10,11 +10,11 @@ eval_samples.jsonl   with evaluation.keep_losses: every sample's loss
 from __future__ import annotations
 
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import version
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from slap_ds import __version__
-from slap_ds.jsonl import JsonLines
+from slap_ds.jsonl import JsonLines, read_lines
 from slap_ds.train.progress import Progress
 from slap_ds.train.record import StepRecord
 from slap_ds.train.run import Run
@@ -38,13 +38,16 @@ class Journal:
         self.run, self.callbacks = run, callbacks
         self.writes = run.comm.rank == 0
         first = run.state.step
-        self._began = time.monotonic() - run.state.elapsed_s
+        self._began = time.monotonic()
         self.progress = Progress(len(run.stream), first, visible=self.writes)
         self._files: dict[str, JsonLines] = {}
         if self.writes:
             names = ["metrics", "picks", "starts", "quarantine"]
             names += ["eval_samples"] if run.config.evaluation.keep_losses else []
             self._files = {n: JsonLines(run.run_dir / f"{n}.jsonl", first) for n in names}
+            # The time of earlier starts, up to the last thing that counts.
+            last = read_lines(run.run_dir / "metrics.jsonl")[-1:]
+            self._began -= sum(record.get("elapsed_s", 0.0) for record in last)
         self._trackers = Trackers(run, self.progress.note) if self.writes else None
 
     def __enter__(self) -> Journal:
@@ -106,8 +109,7 @@ class Journal:
         if name not in self._files:
             return
         if name == "metrics":
-            self.run.state.elapsed_s = time.monotonic() - self._began
-            record = {**record, "elapsed_s": self.run.state.elapsed_s}
+            record = {**record, "elapsed_s": time.monotonic() - self._began}
         self._files[name].write(record)
         if name == "metrics":
             # All of them are asked. The other ranks hear of a stop in the next step.
@@ -118,7 +120,8 @@ class Journal:
 def _start(run: Run) -> dict[str, Any]:
     engine, cuda = run.config.engine.kind, run.engine.device.type == "cuda"
     versions = {"slap_ds": __version__, "torch": torch.__version__}
-    versions |= {"deepspeed": version("deepspeed")} if engine == "deepspeed" else {}
+    if engine == "deepspeed":  # which the engine alone imports
+        versions["deepspeed"] = sys.modules["deepspeed"].__version__
     versions |= {"transformers": transformers.__version__, "Python": platform.python_version()}
     return {
         "step": run.state.step,

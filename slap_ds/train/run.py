@@ -34,21 +34,15 @@ class TrainState:
     skipped: int = 0  # steps in a row, up to now, whose loss or gradients were not finite
     totals: dict[str, float] = field(default_factory=dict)  # sums over all steps
     owes_evaluation: bool = False  # one was due when the run was asked to stop
-    elapsed_s: float = 0.0  # in the loop, evaluations and checkpoints too, over all starts
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {
-            "totals": self.totals,
-            "owes_evaluation": self.owes_evaluation,
-            "elapsed_s": self.elapsed_s,
-        }
+        return {"totals": self.totals, "owes_evaluation": self.owes_evaluation}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Continue after `step` steps."""
         self.step, self.totals = step, dict(state["totals"])
         self.owes_evaluation = bool(state.get("owes_evaluation"))
-        self.elapsed_s = float(state.get("elapsed_s", 0.0))
 
 
 @dataclass
