@@ -101,6 +101,20 @@ class Browser:
                 self.complaints.append(f"asks a network for {url}")
 
 
+def look(tab: Browser, page: Path) -> None:
+    """Wide and narrow, light and dark, everything unfolded: nothing overflows, no scheme is missed.
+
+    What the console says is in `tab.complaints`.
+    """
+    for width in (1280, 400):
+        for scheme in ("light", "dark"):
+            tab.open(page, width, scheme)
+            tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+            assert tab.evaluate(OVERFLOWING) == []
+            colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
+
+
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """Chromium, ended afterwards."""
