@@ -128,7 +128,7 @@ def lines_with_intervals(
 def _legend_below(figure: Any, axis: Any, count: int) -> None:
     handles, labels = axis.get_legend_handles_labels()
     labels = [brief(label) for label in labels]
-    inches = 0.6 + 0.075 * max(map(len, labels), default=0)
+    inches = 0.5 + 0.062 * max(map(len, labels), default=0)
     columns = min(count, max(1, int(figure.get_figwidth() / max(1.9, inches))))
     figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(count / columns) - 1))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)

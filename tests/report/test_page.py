@@ -33,15 +33,14 @@ def runs(tmp_path_factory):
             "messages": [
                 {"role": "system", "content": "Be brief."},
                 {"role": "user", "content": f"Question {i} {SCRIPT} {WIDE}"},
-                # The last ones lose their answer to max_tokens and are dropped.
                 {"role": "assistant", "content": f"Answer {i}.\n{SCRIPT}"},
             ],
             "task": SCRIPT if i % 2 else WIDE,
         }
         for i in range(ANSWERS)
     ]
-    rows[3]["messages"][1]["content"] = "long " * 400
-    rows[5] = {"messages": SCRIPT}
+    rows[3]["messages"][1]["content"] = "long " * 400  # loses its answer, and is dropped
+    rows[5] = {"messages": SCRIPT}  # is rejected
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = tiny_model(root / "model")
     folders = []
