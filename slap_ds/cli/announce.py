@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from slap_ds.errors import counted
 from slap_ds.launch.environment import rank_said
+from slap_ds.report.numbers import size_text
 
 if TYPE_CHECKING:
     from slap_ds.train.run import Run
@@ -51,12 +52,3 @@ def finished(run: Run) -> None:
         f"done, {counted(run.state.step, 'step')} in {where}; next: slap-ds report {where}, "
         f"slap-ds eval {where}, slap-ds export {where}"
     )
-
-
-def size_text(number: float) -> str:
-    """Three digits and a unit: 8.03 B, 480 k."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            value = number / size
-            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
-    return f"{number:.0f}"

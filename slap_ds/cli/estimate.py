@@ -6,9 +6,9 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from slap_ds.cli.announce import size_text
 from slap_ds.cli.common import OVERRIDES, Commands
 from slap_ds.errors import mistake
+from slap_ds.report.numbers import size_text
 
 if TYPE_CHECKING:
     from rich.table import Table

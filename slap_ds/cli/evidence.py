@@ -16,9 +16,15 @@ def add(commands: Commands) -> None:
     compare.add_argument("run_dirs", nargs="+")
     compare.set_defaults(run=_compare)
 
-    page = commands.add_parser("report", help="figures and tables of a run or study, as HTML")
-    page.add_argument("folder", help="a run's folder or a study's")
-    page.add_argument("--out", help="target folder (default FOLDER/report)")
+    page = commands.add_parser("report", help="figures and tables of runs or a study, as HTML")
+    page.add_argument("folders", nargs="+", metavar="folder", help="runs' folders, or a study's")
+    page.add_argument("--out", help="target folder (default FOLDER/report; needed for several)")
+    page.add_argument(
+        "--watch",
+        action="store_true",
+        help="write the page again while the run trains; it shows the newest by itself",
+    )
+    page.add_argument("--every", type=int, default=30, help="seconds between (default 30)")
     page.set_defaults(run=_report)
 
     compass = commands.add_parser(
@@ -75,9 +81,17 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
-    from slap_ds.report.build import report
+    from slap_ds.report.build import report, watch
 
-    print(f"wrote {report(Path(options.folder), Path(options.out) if options.out else None)}")
+    if options.every < 1:
+        raise ValueError(f"--every is {options.every}, expected one second or more")
+    folders = [Path(folder) for folder in options.folders]
+    out = Path(options.out) if options.out else None
+    if options.watch:
+        page = watch(folders, out, options.every, lambda text: print(text, flush=True))
+    else:
+        page = report(folders, out)
+    print(f"wrote {page}")
 
 
 def _fidelity(options: argparse.Namespace, rest: list[str]) -> None:

@@ -62,7 +62,6 @@ class Coverage:
     kept: Int64  # (n,) how often it was trained
     slices: list[Slice]
     loss_deciles: list[float]  # mean share kept of each tenth of a step's candidates by loss; or []
-    most: list[tuple[int, int, str]]  # (times kept, times drawn, text) of the samples kept most
 
     @property
     def share(self) -> float:
@@ -78,18 +77,30 @@ class Labels:
     kinds: dict[str, tuple[list[str], Int64]]  # kind -> names, (n,) codes into them or -1
 
 
-def cover(run_dir: Path, labels: Labels | None = None) -> Coverage:
+def labels_of(config: Config, known: dict[str, Labels]) -> Labels:
+    """`label_samples` of what a run read; `known` remembers it for runs of the same data.
+
+    Raises:
+        FileNotFoundError, ValueError: the data can no longer be read.
+    """
+    model = config.model.model_dump_json(include={"path", "config", "tokenizer"})
+    key = config.data.model_dump_json() + model
+    if key not in known:
+        known[key] = label_samples(read_inputs(config, write_rejects=False))
+    return known[key]
+
+
+def cover(run_dir: Path, labels: Labels) -> Coverage:
     """The coverage of a run's finished steps.
 
     Args:
-        labels: `label_samples` of what the run read, if the caller has it; else it is read again.
+        labels: `labels_of` its config.
 
     Raises:
-        FileNotFoundError: no run there, or its data are gone.
+        FileNotFoundError: no run there.
         ValueError: the data have changed since the run.
     """
     config = run_config(run_dir)
-    labels = labels or label_samples(read_inputs(config))
     store = labels.inputs.train
     picks = read_lines(run_dir / "picks.jsonl")
     stream, _, _ = make_parts(config, store)
@@ -116,7 +127,6 @@ def cover(run_dir: Path, labels: Labels | None = None) -> Coverage:
         kept,
         [each for kind in labels.kinds for each in _slices(kind, labels, drawn, kept)],
         np.mean(deciles, axis=0).tolist() if deciles else [],
-        _most(labels.inputs, drawn, kept),
     )
 
 
@@ -213,20 +223,6 @@ def _slices(kind: str, labels: Labels, drawn: Int64, kept: Int64) -> list[Slice]
         for code, name in enumerate(names)
         if drawn_of[code]
     ]
-
-
-def _most(inputs: Inputs, drawn: Int64, kept: Int64) -> list[tuple[int, int, str]]:
-    order = np.lexsort((np.arange(len(kept)), drawn, -kept))[:10]
-    return [
-        (int(kept[i]), int(drawn[i]), " ".join(_text(inputs, int(i)).split())[:160])
-        for i in order
-        if kept[i]
-    ]
-
-
-def _text(inputs: Inputs, index: int) -> str:
-    text: str = inputs.tokenizer.decode(inputs.train[index].ids, skip_special_tokens=True)
-    return text
 
 
 def said_starved(each: Slice) -> str:

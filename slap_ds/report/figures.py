@@ -51,6 +51,11 @@ def style(names: Iterable[str]) -> dict[str, dict[str, str]]:
     }
 
 
+def brief(name: str) -> str:
+    """Short enough to leave room for the figure itself: a start and an end."""
+    return name if len(name) <= 44 else f"{name[:26]}…{name[-17:]}"
+
+
 def save(figure: Any, path: Path) -> Path:
     """Write the figure to `path`, and return it."""
     figure.savefig(path)
@@ -122,8 +127,11 @@ def lines_with_intervals(
 
 def _legend_below(figure: Any, axis: Any, count: int) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    columns = max(1, int(figure.get_figwidth() / 1.9))
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(count, columns))
+    labels = [brief(label) for label in labels]
+    inches = 0.5 + 0.062 * max(map(len, labels), default=0)
+    columns = min(count, max(1, int(figure.get_figwidth() / max(1.9, inches))))
+    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(count / columns) - 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def differences(path: Path, rows: Sequence[Mapping[str, Any]], margin: float, title: str) -> Path:
@@ -157,7 +165,7 @@ def differences(path: Path, rows: Sequence[Mapping[str, Any]], margin: float, ti
             shown.add(basis)
             at += 1
         at += 0.5
-    axis.set_yticks(ticks, labels)
+    axis.set_yticks(ticks, [brief(label) for label in labels])
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("evaluation loss minus the reference's, nats per token (left is better)")
@@ -184,7 +192,7 @@ def bars(
     start = np.zeros(len(parts))
     for kind in kinds:
         values = np.asarray([bar.get(kind, 0.0) for bar in parts.values()])
-        axis.barh(list(parts), values, left=start, label=kind, color=looks[kind]["color"])
+        axis.barh(range(len(parts)), values, left=start, label=kind, color=looks[kind]["color"])
         start += values
     for i, total in enumerate(start):
         axis.text(
@@ -199,6 +207,7 @@ def bars(
         if marks and name in marks:
             axis.plot(marks[name], i, "D", color="black", markeredgecolor="white")
     axis.axvline(line, color="black", linewidth=0.8, linestyle="--", zorder=0.9)
+    axis.set_yticks(range(len(parts)), [brief(name) for name in parts])
     axis.set_xlim(0, float(start.max()) * 1.1)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
@@ -244,9 +253,7 @@ def _rising(step: Sequence[float]) -> Any:
     return np.asarray(step, dtype=float) + np.arange(len(step)) * 1e-9
 
 
-def heat(
-    path: Path, rows: Sequence[str], columns: Sequence[str], values: Any, marks: Any, title: str
-) -> Path:
+def heat(path: Path, rows: Sequence[str], columns: Sequence[str], values: Any, marks: Any) -> Path:
     """A table of shares as colours and numbers; `marks` (bool) puts a frame around a cell."""
     width = 2.6 + 0.62 * len(columns)
     figure, axis = plt.subplots(figsize=(max(width, 4.5), 1.6 + 0.27 * len(rows)))
@@ -270,10 +277,10 @@ def heat(
                         (j - 0.47, i - 0.46), 0.94, 0.92, fill=False, color=COLOURS[1], lw=2
                     )
                 )
-    axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(rows)), rows)
+    names = [brief(name) for name in columns]
+    axis.set_xticks(range(len(columns)), names, rotation=40, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(rows)), [brief(name) for name in rows])
     axis.grid(visible=False)
-    axis.set_title(title)
     figure.colorbar(image, ax=axis, label="share kept", shrink=0.8)
     return save(figure, path)
 
@@ -283,11 +290,12 @@ def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
     y: str,
+    x: str = "steps done",
     thin: Sequence[str] = (),
     stacked: bool = False,
     log_y: bool = False,
 ) -> Path:
-    """Values over steps: name -> (steps, values); `stacked` fills one above the other."""
+    """Values over steps or `x`: name -> (steps, values); `stacked` fills one above the other."""
     figure, axis = plt.subplots(figsize=(7.2, 3.0))
     looks = style(lines)
     if stacked:
@@ -313,7 +321,7 @@ def curves(
             )
     if log_y:
         axis.set_yscale("log")
-    axis.set_xlabel("step")
+    axis.set_xlabel(x)
     axis.set_ylabel(y)
     if len(lines) > 1:
         _legend_below(figure, axis, len(lines))
@@ -339,7 +347,7 @@ def shares(
             if marked:
                 axis.plot(share, at, "o", markersize=11, fillstyle="none", color=COLOURS[1])
             ticks.append(at)
-            labels.append(f"{kind}: {name}")
+            labels.append(brief(f"{kind}: {name}"))
             at += 1
         at += 1
     axis.set_yticks(ticks, labels, fontsize=7.5)

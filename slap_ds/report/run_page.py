@@ -6,113 +6,158 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slap_ds.jsonl import read_lines
 from slap_ds.report import figures
-from slap_ds.report.coverage import RULE, STARVED, Coverage, Slice, cover, said_starved, starved
-from slap_ds.report.page import figure, heading, paragraph, table, warnings
+from slap_ds.report.conversations import conversations
+from slap_ds.report.coverage import (
+    RULE,
+    STARVED,
+    Coverage,
+    Labels,
+    Slice,
+    cover,
+    labels_of,
+    said_starved,
+    starved,
+)
+from slap_ds.report.numbers import size_text
+from slap_ds.report.page import figure, folded, heading, paragraph, table, warnings
+from slap_ds.report.run_head import Row, RunLog, best_of, head
 
-Row = dict[str, Any]
 PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimizer")
+MOST_ROWS = 30  # of a table or figure that is shown unfolded
 
 
-def run_page(folder: Path, out: Path) -> list[str]:
+def run_page(log: RunLog, out: Path, known: dict[str, Labels]) -> list[str]:
     """The page's parts, in order; figures are written into `out`.
 
-    Raises:
-        ValueError: no training step is finished.
+    Args:
+        known: what `labels_of` remembers.
     """
-    records = read_lines(folder / "metrics.jsonl")
-    train = [r for r in records if r["event"] == "train"]
-    evals = [r for r in records if r["event"] == "eval"]
-    if not train:
-        raise ValueError(f"{str(folder)!r} holds no training step yet")
-    covered = cover(folder)
-    hungry = starved(covered.slices, covered.share)
-    total = {key: sum(r.get(key, 0.0) for r in train) for key in train[0] if _number(train[0][key])}
-    parts = warnings([f"{said_starved(s)} of all {covered.share:.1%}" for s in hungry])
-    parts.append(
-        table(
-            ["", "trained", "candidates", "ratio"],
-            [
-                ["samples", *_ratio(total["picked"], total["candidates"])],
-                ["tokens", *_ratio(total["trained_tokens"], total["candidate_tokens"])],
-                ["FLOPs, scoring included", *_ratio(total["flops"], total.get("full_flops"))],
-            ],
-        )
-    )
-    steps = [r["step"] for r in train]
-    parts += [heading("Loss and learning rate"), *_curves(out, train, evals, steps)]
-    parts.append(heading("What a step's time goes into"))
-    seconds = {
-        name: (steps, [r.get(f"{name}_s", 0.0) for r in train])
-        for name in PHASES
-        if any(f"{name}_s" in r for r in train)
-    }
-    path = figures.curves(out / "step_seconds.png", seconds, y="seconds", stacked=True)
-    parts.append(figure(path, "Seconds of each step, by phase."))
-    share = {
-        "scoring": (steps, [100 * r.get("score_s", 0.0) / r["step_s"] for r in train]),
-        "selection (gather, select, scatter)": (
-            steps,
-            [100 * r["selection_s"] / r["step_s"] for r in train],
-        ),
-    }
-    path = figures.curves(out / "selection_share.png", share, y="% of the step")
-    parts.append(figure(path, "Share of a step that goes into scoring and selection, over steps."))
-    if "full_flops" in total:  # older runs have none
-        path = figures.bars(
-            out / "flops.png",
-            {folder.resolve().name: flop_shares(total)},
-            x="FLOPs / full training's",
-            line=1,
-        )
-        caption = "Analytic FLOPs against training all candidates, scoring included."
-        parts += [heading("FLOPs"), figure(path, caption)]
-    spread = loss_spread(train)
+    parts = [*head(log), *_curves(log, out), *_evaluations(log.evals), *_costs(log, out)]
+    spread = loss_spread(log.train)
     if spread:
         path = figures.loss_histograms(out / "losses.png", {"": spread})
         parts += [
             heading("Losses of what is kept"),
             figure(path, "Losses of candidates and of the picks, mean over pruned steps."),
         ]
-    return parts + _coverage(out, covered, hungry)
-
-
-def _curves(out: Path, train: list[Row], evals: list[Row], steps: list[int]) -> list[str]:
-    lines = {"training loss of the picks": (steps, [r["loss"] for r in train])}
-    scored = [r for r in train if "candidate_loss" in r]
-    if scored:
-        lines["mean loss of the candidates"] = (
-            [r["step"] for r in scored],
-            [r["candidate_loss"] for r in scored],
+    try:
+        labels = labels_of(log.config, known)
+        covered = cover(log.folder, labels)
+        shown = conversations(log.config, labels.inputs, covered)
+    except (OSError, ValueError) as error:
+        said = (
+            "The run's data can no longer be read, so that nothing is known here of what was "
+            f"trained and what was dropped: {error}. Relative paths in config.yaml are those of "
+            "the folder that the run was started in; make the report from there."
         )
-    if evals:
-        lines["evaluation loss"] = ([r["step"] for r in evals], [r["eval_loss"] for r in evals])
-    thin = [name for name in lines if name != "evaluation loss"]
+        return [*parts, heading("Coverage and conversations"), paragraph(said)]
+    hungry = starved(covered.slices, covered.share)
+    problems = warnings([f"{said_starved(s)} of all {covered.share:.1%}" for s in hungry])
+    return [*problems, *parts, *_coverage(out, covered, hungry), *shown]
+
+
+def done(record: Row) -> int:
+    """Steps that were done when the record was written."""
+    return int(record["step"]) + 1
+
+
+def _curves(log: RunLog, out: Path) -> list[str]:
+    steps = [done(r) for r in log.train]
+    lines = {"training loss of the picks": (steps, [r["loss"] for r in log.train])}
+    if scored := [r for r in log.train if "candidate_loss" in r]:
+        losses = [r["candidate_loss"] for r in scored]
+        lines["mean loss of the candidates"] = ([done(r) for r in scored], losses)
+    thin = list(lines)
+    if log.evals:
+        losses = [r["eval_loss"] for r in log.evals]
+        lines["evaluation loss"] = ([done(r) for r in log.evals], losses)
     loss = figures.curves(out / "loss.png", lines, y="nats per token", thin=thin)
-    rate = {"learning rate": (steps, [r["lr"] for r in train])}
+    rate = {"learning rate": (steps, [r["lr"] for r in log.train])}
     path = figures.curves(out / "learning_rate.png", rate, y="learning rate")
-    found = [figure(loss, "Losses over steps."), figure(path, "Learning rate.")]
-    if evals:
-        tasks = sorted(evals[-1]["eval_loss_by_task"])
-        rows = [
-            [
-                name or "(no task)",
-                *(e["eval_loss_by_task"].get(name) for e in (evals[0], evals[-1])),
-            ]
-            for name in tasks
-        ]
-        rows = [["all", evals[0]["eval_loss"], evals[-1]["eval_loss"]], *rows]
-        found.append(table(["evaluation loss, nats per token", "first", "last"], rows))
+    return [
+        heading("Loss"),
+        figure(loss, "Losses over the steps done."),
+        folded("Learning rate", [figure(path, "Learning rate over the steps done.")]),
+    ]
+
+
+def _evaluations(evals: Sequence[Row]) -> list[str]:
+    """Every evaluation at its step; of each task the first, best and last."""
+    if not evals:
+        return [paragraph("Nothing was evaluated: data.eval is empty.", quiet=True)]
+    best = best_of(evals)
+    rows = [
+        [f"{done(e):,}" if done(e) else "0, before training", e["eval_loss"], "best" * (e is best)]
+        for e in evals
+    ]
+    every = table(["after steps", "evaluation loss, nats per token", ""], rows)
+    shown = {f"after {done(e):,} steps": e for e in (evals[0], best, evals[-1])}
+    tasks = sorted(evals[-1]["eval_loss_by_task"])
+    named = [
+        [task or "(no task)", *(e["eval_loss_by_task"].get(task) for e in shown.values())]
+        for task in tasks
+    ]
+    by_task = table(["task", *shown], [["all", *(e["eval_loss"] for e in shown.values())], *named])
+    return [
+        heading("Evaluation"),
+        *_long(f"All {len(rows)} evaluations", every, len(rows)),
+        paragraph("By task, nats per token: the first, the best and the last evaluation."),
+        *_long(f"All {len(tasks)} tasks", by_task, len(tasks)),
+    ]
+
+
+def _long(name: str, shown: str, rows: int) -> list[str]:
+    return [shown] if rows <= MOST_ROWS else [folded(name, [shown])]
+
+
+def _costs(log: RunLog, out: Path) -> list[str]:
+    total, steps = log.total, [done(r) for r in log.train]
+    seconds = {
+        name: (steps, [r.get(f"{name}_s", 0.0) for r in log.train])
+        for name in PHASES
+        if any(f"{name}_s" in r for r in log.train)
+    }
+    path = figures.curves(out / "step_seconds.png", seconds, y="seconds", stacked=True)
+    share = {
+        "scoring": (steps, [100 * r.get("score_s", 0.0) / r["step_s"] for r in log.train]),
+        "selection (gather, select, scatter)": (
+            steps,
+            [100 * r["selection_s"] / r["step_s"] for r in log.train],
+        ),
+    }
+    shares = figures.curves(out / "selection_share.png", share, y="% of the step")
+    caption = "Share of a step that goes into scoring and selection, over the steps done."
+    rows = [
+        ["samples", *_ratio(total["picked"], total["candidates"])],
+        ["tokens", *_ratio(total["trained_tokens"], total["candidate_tokens"])],
+        ["FLOPs, scoring included", *_ratio(total["flops"], total.get("full_flops"))],
+    ]
+    found = [
+        heading("Cost"),
+        table(["", "trained", "all candidates", "ratio"], rows),
+        figure(path, "Seconds of each step, by phase."),
+        figure(shares, caption),
+    ]
+    if "full_flops" in total:  # older runs have none
+        path = figures.bars(
+            out / "flops.png",
+            {log.folder.resolve().name: flop_shares(total)},
+            x="FLOPs / full training's",
+            line=1,
+        )
+        caption = "Analytic FLOPs against training all candidates, scoring included."
+        found.append(figure(path, caption))
     return found
 
 
 def _coverage(out: Path, covered: Coverage, hungry: Sequence[Slice]) -> list[str]:
     kinds = dict.fromkeys(each.kind for each in covered.slices)
-    groups = {
-        kind: [(s.name, s.share, s in hungry) for s in covered.slices if s.kind == kind]
-        for kind in kinds
-    }
+    groups = {}
+    for kind in kinds:
+        most = sorted((s for s in covered.slices if s.kind == kind), key=lambda s: -s.drawn)
+        few = most[:MOST_ROWS]
+        groups[kind] = [(s.name, s.share, s in hungry) for s in covered.slices if s in few]
     if covered.loss_deciles:
         groups["loss"] = [
             (f"decile {i}", share, False) for i, share in enumerate(covered.loss_deciles, 1)
@@ -121,18 +166,21 @@ def _coverage(out: Path, covered: Coverage, hungry: Sequence[Slice]) -> list[str
     times = figures.counts(out / "times_trained.png", covered.drawn, covered.kept)
     seen = covered.drawn > 0
     never = int((seen & (covered.kept == 0)).sum())
-    rows = [[s.kind, s.name, s.drawn, s.kept, f"{s.share:.3f}"] for s in covered.slices]
+    rows: list[list[object]] = []
+    for kind in kinds:
+        slices = [s for s in covered.slices if s.kind == kind]
+        rows += [[kind], *([s.name, s.drawn, s.kept, f"{s.share:.1%}"] for s in slices)]
     return [
         heading("Coverage"),
-        paragraph(RULE),
+        paragraph(RULE, quiet=True),
         figure(
-            dots, "Share of the candidates that was trained, by slice; circles mark starved ones."
+            dots,
+            "Share of the candidates that was trained, by slice; circles mark starved ones. Of a "
+            f"kind with more than {MOST_ROWS} slices those with most candidates.",
         ),
-        table(["slice", "", "drawn", "trained", "share"], rows),
+        folded("The numbers", [table(["slice", "drawn", "trained", "share"], rows)]),
         figure(times, "How often samples were trained, of those that were candidates."),
-        paragraph(f"{never} of {int(seen.sum())} samples that were candidates were never trained."),
-        paragraph("Trained most often:"),
-        table(["trained", "drawn", "sample"], covered.most),
+        paragraph(f"{never:,} of {int(seen.sum()):,} candidates were never trained."),
     ]
 
 
@@ -147,7 +195,7 @@ def loss_spread(train: Sequence[Row]) -> tuple[list[list[float]], list[list[floa
     )
 
 
-def flop_shares(total: Row) -> dict[str, float]:
+def flop_shares(total: dict[str, Any]) -> dict[str, float]:
     """FLOPs of training and of scoring over those of training all candidates."""
     full = total["full_flops"]
     return {
@@ -156,11 +204,7 @@ def flop_shares(total: Row) -> dict[str, float]:
     }
 
 
-def _ratio(part: float, whole: float | None) -> list[str]:
+def _ratio(part: float, whole: float | None) -> list[object]:
     if not whole:
-        return [f"{part:,.0f}", "", ""]
-    return [f"{part:.4g}", f"{whole:.4g}", f"{part / whole:.3f}"]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return [size_text(part), None, None]
+    return [size_text(part), size_text(whole), f"{part / whole:.3f}"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slap_ds.report import figures
-from slap_ds.report.page import figure, heading, paragraph, table
+from slap_ds.report.numbers import interval_text
+from slap_ds.report.page import figure, heading, paragraph, table, verdict
 from slap_ds.report.study_groups import Groups, Row, interval_of, label_of, metrics_of
 from slap_ds.study.comparisons import REFUSED
 from slap_ds.study.plan import PLAIN, Study
@@ -29,6 +30,8 @@ def cost_parts(out: Path, study: Study, groups: Groups, compared: Sequence[Row])
                     lines.setdefault(line, []).append((cost, *interval_of(rows, column)))
             said = f"{name} (no verdict)" if name in refused else name
             panels[said] = {line: sorted(points) for line, points in lines.items()}
+        if not any(panels.values()):
+            continue
         path = figures.lines_with_intervals(
             out / f"cost-{variant}.png",
             panels,
@@ -53,14 +56,16 @@ def _same_loss(study: Study, compared: Sequence[Row]) -> list[str]:
         [
             label_of((row["method"], row["keep"], row["strata"], row["variant"], row["cost"])),
             row["on"],
-            *(row[key] for key in ("steps", "loss", "gain", "share", "share_low", "share_high")),
-            row["verdict"],
+            f"{row['steps']:g}",
+            *(row[key] for key in ("loss", "gain")),
+            interval_text(row["share"], row["share_low"], row["share_high"]),
+            verdict(row["verdict"]),
         ]
         for row in found
     ]
     header = [
-        "method", "on", "steps", "loss", f"gain of {study.reference}", "cost of its loss",
-        "low", "high", f"against {study.reference} at equal cost",
+        "method", "on", "steps", "loss", f"gain of {study.reference}",
+        "cost of its loss, 95 % interval", f"against {study.reference} at equal cost",
     ]  # fmt: skip
     note = (
         f"Cost of its loss: the method's cost / what {study.reference} costs for the same loss, "

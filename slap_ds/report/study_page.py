@@ -15,13 +15,14 @@ from slap_ds.report.coverage import (
     Labels,
     Slice,
     cover,
-    label_samples,
+    labels_of,
     merged,
     run_config,
     said_starved,
     starved,
 )
-from slap_ds.report.page import figure, heading, paragraph, table, warnings
+from slap_ds.report.numbers import interval_text
+from slap_ds.report.page import figure, folded, heading, paragraph, table, verdict, warnings
 from slap_ds.report.run_page import flop_shares, loss_spread
 from slap_ds.report.study_cost import cost_parts
 from slap_ds.report.study_groups import (
@@ -34,13 +35,12 @@ from slap_ds.report.study_groups import (
     order_of,
     setting_of,
 )
-from slap_ds.study.comparisons import REFUSED, cell_of, compare_cells
+from slap_ds.study.comparisons import REFUSED, SOURCES, cell_of, compare_cells
 from slap_ds.study.costs import kind_of, read_kinds
 from slap_ds.study.plan import BASES, PLAIN, Study
 from slap_ds.study.records import Records
 from slap_ds.study.results import collect
 from slap_ds.study.run import read_outcome
-from slap_ds.train.inputs import read_inputs
 
 Hungry = dict[str, tuple[list[Slice], float]]
 _COSTS = ("flops", "scoring_flops", "full_flops", "step_s", "score_s", "selection_s")
@@ -79,7 +79,7 @@ def study_page(folder: Path, out: Path) -> list[str]:
         )
     parts = warnings(problems)
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    commits = ", ".join(sorted({row["commit"][:10] for row in rows}))
     said = f"{len(rows)} runs from one base model; seeds {seeds}; code {commits}. {INTERVALS}"
     parts.append(paragraph(said))
     parts += cost_parts(out, study, groups, compared)
@@ -127,7 +127,7 @@ def _quality(out: Path, study: Study, groups: Groups) -> list[str]:
                 "interval over seeds; dashed: the reference.",
             )
         )
-    header = ["method", "seeds", *(f"{name}" for name in metrics_of(next(iter(groups.values()))))]
+    header = ["method", "seeds", *metrics_of(next(iter(groups.values())))]
     body = [
         [label_of(group), len(rows), *(interval_of(rows, c)[0] for c in metrics_of(rows).values())]
         for group, rows in groups.items()
@@ -185,10 +185,7 @@ def _differences(out: Path, study: Study, compared: Sequence[Row]) -> list[str]:
     )
     for against in dict.fromkeys(row["against"] for row in compared):
         rows = [
-            {
-                **row,
-                "label": label_of(_group_of(row)),
-            }
+            {**row, "label": label_of(_group_of(row))}
             for row in compared
             if row["against"] == against and row["on"] == "all"
         ]
@@ -198,20 +195,35 @@ def _differences(out: Path, study: Study, compared: Sequence[Row]) -> list[str]:
         )
         parts.append(figure(path, f"Evaluation loss minus that of {against}, all tasks."))
     header = [
-        "method", "against", "at equal", "on", "seeds", "loss", "against's", "difference",
-        "low", "high", "verdict", "samples", "response tokens", "FLOPs",
+        "method", "on", "seeds", "loss", "against's", "difference, 95 % interval", "verdict",
+        "samples", "tokens", "FLOPs",
     ]  # fmt: skip
-    body = [
-        [
-            label_of(_group_of(row)),
-            *(row[k] for k in ("against", "basis", "on", "seeds", "loss", "loss_against")),
-            *(row[k] for k in ("difference", "low", "high", "verdict")),
-            *(f"{row[f'{k}_ratio']:.2f}" for k in ("samples", "response_tokens", "flops")),
+    overall = [row for row in compared if row["on"] in ("all", SOURCES)]
+    note = (
+        "The last three columns are the method's samples, response tokens and FLOPs / its "
+        "opponent's. ▼ is better, ▲ worse, ≈ not worse than by the margin."
+    )
+    by_task = folded("The same by task", [table(header, _compared(compared))])
+    return [*parts, paragraph(note), table(header, _compared(overall)), by_task]
+
+
+def _compared(rows: Sequence[Row]) -> list[list[object]]:
+    """Cells of the table of differences, under a line for each opponent and basis."""
+    body: list[list[object]] = []
+    for against, basis in dict.fromkeys((row["against"], row["basis"]) for row in rows):
+        body.append([f"Against {against}, {figures.SAID[basis]}"])
+        body += [
+            [
+                label_of(_group_of(row)),
+                *(row[k] for k in ("on", "seeds", "loss", "loss_against")),
+                interval_text(row["difference"], row["low"], row["high"]),
+                verdict(row["verdict"]),
+                *(f"{row[f'{k}_ratio']:.2f}" for k in ("samples", "response_tokens", "flops")),
+            ]
+            for row in rows
+            if (row["against"], row["basis"]) == (against, basis)
         ]
-        for row in compared
-    ]
-    note = "The last three columns are the method's cost / its opponent's."
-    return [*parts, paragraph(note), table(header, body)]
+    return body
 
 
 def _costs(out: Path, folder: Path, study: Study, groups: Groups) -> list[str]:
@@ -294,12 +306,7 @@ def _coverage(
         parts, drawn, kept, deciles = [], 0, 0, []
         for row in members:
             run_dir = folder / "cells" / row["cell"]
-            config = run_config(run_dir)
-            model = config.model.model_dump_json(include={"path", "tokenizer"})
-            key = config.data.model_dump_json() + model
-            if key not in labels:
-                labels[key] = label_samples(read_inputs(config))
-            covered = cover(run_dir, labels[key])
+            covered = cover(run_dir, labels_of(run_config(run_dir), labels))
             parts.append(covered.slices)
             drawn += int(covered.drawn.sum())
             kept += int(covered.kept.sum())
@@ -331,17 +338,14 @@ def _slices(out: Path, shares: dict[str, dict[str, list[Slice]]], hungry: Hungry
                 values[place, j] = each.share
                 marks[place, j] = (each.kind, each.name) in starving
         rows = [f"{kind}: {name}" for kind, name in names]
-        title = "share of the candidates that was trained"
-        title += "" if variant == PLAIN else f", variant {variant}"
-        path = figures.heat(
-            out / f"coverage-{variant}.png", rows, list(groups), values, marks, title
-        )
-        parts.append(figure(path, "Share trained by slice and method; frames mark starved slices."))
+        path = figures.heat(out / f"coverage-{variant}.png", rows, list(groups), values, marks)
+        caption = "Share of the candidates that was trained; frames mark starved slices."
+        parts.append(figure(path, caption if variant == PLAIN else f"Variant {variant}. {caption}"))
         body = [
             [row, *("" if np.isnan(v) else f"{v:.3f}" for v in line)]
             for row, line in zip(rows, values, strict=True)
         ]
-        parts.append(table(["slice", *groups], body))
+        parts.append(folded("The numbers", [table(["slice", *groups], body)]))
     return parts
 
 

@@ -2,17 +2,27 @@
 
 metrics.jsonl        steps, evaluations, checkpoints, changed settings; units in the keys
 picks.jsonl          the sample ids trained at each step, and their weights
+starts.jsonl         when, on what and with which versions the run was started, and what it read
 quarantine.jsonl     samples that were left out, or blamed for a step that changed nothing
 eval_samples.jsonl   with evaluation.keep_losses: every sample's loss
 """
 
 from __future__ import annotations
 
+import platform
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
 from types import TracebackType
 from typing import Any
 
-from slap_ds.jsonl import JsonLines
+import torch
+import transformers
+
+from slap_ds import __version__
+from slap_ds.jsonl import JsonLines, read_lines
 from slap_ds.train.progress import Progress
 from slap_ds.train.record import StepRecord
 from slap_ds.train.run import Run
@@ -28,12 +38,16 @@ class Journal:
         self.run, self.callbacks = run, callbacks
         self.writes = run.comm.rank == 0
         first = run.state.step
+        self._began = time.monotonic()
         self.progress = Progress(len(run.stream), first, visible=self.writes)
         self._files: dict[str, JsonLines] = {}
         if self.writes:
-            names = ["metrics", "picks", "quarantine"]
+            names = ["metrics", "picks", "starts", "quarantine"]
             names += ["eval_samples"] if run.config.evaluation.keep_losses else []
             self._files = {n: JsonLines(run.run_dir / f"{n}.jsonl", first) for n in names}
+            # The time of earlier starts, up to the last thing that counts.
+            last = read_lines(run.run_dir / "metrics.jsonl")[-1:]
+            self._began -= sum(record.get("elapsed_s", 0.0) for record in last)
         self._trackers = Trackers(run, self.progress.note) if self.writes else None
 
     def __enter__(self) -> Journal:
@@ -49,6 +63,8 @@ class Journal:
                 f"{run.run_dir} has done {first} of {len(run.stream)} steps, nothing is left to "
                 "do: raise steps or epochs, or choose another run_dir"
             )
+        else:
+            self._write("starts", _start(run))
         self.progress.__enter__()
         return self
 
@@ -104,8 +120,29 @@ class Journal:
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         if name not in self._files:
             return
+        if name == "metrics":
+            record = {**record, "elapsed_s": time.monotonic() - self._began}
         self._files[name].write(record)
         if name == "metrics":
             # All of them are asked. The other ranks hear of a stop in the next step.
             answers = [callback(record) for callback in self.callbacks]
             self.run.comm.heart.stop |= any(answer is True for answer in answers)
+
+
+def _start(run: Run) -> dict[str, Any]:
+    engine, cuda = run.config.engine.kind, run.engine.device.type == "cuda"
+    versions = {"slap_ds": __version__, "torch": torch.__version__}
+    if engine == "deepspeed":  # which the engine alone imports
+        versions["deepspeed"] = sys.modules["deepspeed"].__version__
+    versions |= {"transformers": transformers.__version__, "Python": platform.python_version()}
+    return {
+        "step": run.state.step,
+        "steps": len(run.stream),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "ranks": run.comm.world,
+        "device": torch.cuda.get_device_name(run.engine.device) if cuda else "CPU",
+        "model_type": run.inputs.model_config.model_type,
+        "parameters": run.engine.parameters,
+        "rows": asdict(run.inputs.train.counts),
+        "versions": versions,
+    }

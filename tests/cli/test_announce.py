@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from slap_ds.cli import main
-from slap_ds.cli.announce import size_text
 from slap_ds.data import store
 from slap_ds.distributed import startup
 from slap_ds.errors import counted, mistake
+from slap_ds.report.numbers import size_text
 from tests.cli.test_cli import fails
 from tests.recipes import tiny_config, tiny_model
 

@@ -210,6 +210,32 @@ def test_losses_of_different_tokens_have_no_ratio(write, tmp_path, capsys):
     assert compared("a", "c", "b")[0] == ratios
 
 
+def test_many_runs_with_long_names_fit_eighty_columns(write, tmp_path, capsys):
+    """Every line fits, no number is broken, and each run keeps its name and losses."""
+    runs = []
+    for seed in range(12):
+        run = tmp_path / f"seed{seed}" / "llama3-8b-instruct-slap-keep0.6-lr2e-5-wide-mixture"
+        run.mkdir(parents=True)
+        loss = 1 + seed / 100
+        records = [
+            {"event": "train", "loss": 3.0, "total": dict.fromkeys(TOTALS, 123_456_789_012.0)},
+            {"event": "eval", "eval_loss": loss, "eval_loss_by_task": {"a" * 40: loss, "qa": 9.5}},
+        ]
+        (run / "config.yaml").write_bytes(Path(write()).read_bytes())
+        (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        runs.append(str(run))
+    capsys.readouterr()
+    main(["compare", *runs])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for seed in range(12):
+        assert text.count(f"{1 + seed / 100:.4f}") == 2  # overall, and of a task
+        assert f" {seed + 1}  seed{seed}/llama" in text
+    assert text.count("123 B") == 24
+    assert "123 GFLOPs" not in text
+
+
 # Of 659 training samples, 16 at a step.
 @pytest.mark.parametrize("length", [{"steps": 5}, {"steps": None, "epochs": 0.1}])
 def test_an_export_tells_where_the_run_stands(write, tmp_path, capsys, monkeypatch, length):

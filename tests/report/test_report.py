@@ -11,6 +11,8 @@ from slap_ds.jsonl import read_lines
 from slap_ds.report.build import report
 from slap_ds.report.coverage import Slice, cover, label_samples, merged, script_of, starved
 from slap_ds.report.figures import spread
+from slap_ds.report.names import names_of
+from slap_ds.report.numbers import duration_text, flops_text, interval_text, plain
 from slap_ds.train.inputs import read_inputs
 from slap_ds.train.record import loss_spread
 from tests.recipes import run_config, tiny_config, tiny_model
@@ -37,7 +39,7 @@ def run(tmp_path_factory):
 
 def test_coverage_is_what_a_plain_count_says(run):
     folder, inputs = run
-    found = cover(folder)
+    found = cover(folder, label_samples(inputs))
     assert found.drawn.sum() == 240
     assert found.kept.sum() == 120
     assert (found.kept <= found.drawn).all()
@@ -70,7 +72,7 @@ def test_script_slices_agree_with_the_rows(run):
 
 def test_warning_for_a_planted_starved_slice_and_not_otherwise(run, tmp_path):
     folder, inputs = run
-    text = report(folder, tmp_path / "fair").read_text()
+    text = report([folder], tmp_path / "fair").read_text()
     assert "starved:" not in text
     assert 'class="warning"' not in text
     # The same candidates, but of the source demo_qa hardly any is picked.
@@ -84,18 +86,39 @@ def test_warning_for_a_planted_starved_slice_and_not_otherwise(run, tmp_path):
     for line in lines[1:]:
         line["ids"] = [i for i in line["ids"] if source[i] != code]
     (planted / "picks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = report(planted)
+    page = report([planted])
     assert page == planted / "report" / "index.html"
     assert "source &#x27;demo_qa&#x27; is starved" in page.read_text()
 
 
-def test_picks_of_other_data_are_an_error(run, tmp_path):
-    folder, _ = run
+def test_picks_of_other_data_are_told_and_the_rest_is_shown(run, tmp_path):
+    folder, inputs = run
     for name in ("config.yaml", "metrics.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "picks.jsonl").write_text('{"step": 0, "ids": [5], "weights": [1.0]}\n')
     with pytest.raises(ValueError, match="have changed since"):
-        cover(tmp_path)
+        cover(tmp_path, label_samples(inputs))
+    text = report([tmp_path]).read_text()
+    assert "data can no longer be read" in text
+    assert "have changed since" in text
+    assert "<h2>Evaluation</h2>" in text
+
+
+def test_numbers_for_people():
+    seconds = (0.04, 8.42, 59.7, 725, 11520, 3 * 86400 + 4 * 3600)
+    said = ["0.04 s", "8.42 s", "1 min 0 s", "12 min 5 s", "3 h 12 min", "3 d 4 h"]
+    assert [duration_text(s) for s in seconds] == said
+    assert [flops_text(n) for n in (3.75e10, 2.1e21)] == ["37.5 GFLOPs", "2100 EFLOPs"]
+    values = (None, float("nan"), 1234567, 0.5, -1.5, 1.0e-5, 2_500_000.0, "x")
+    assert [plain(v) for v in values] == [
+        "", "", "1,234,567", "0.5000", "−1.5000", "1.00e-05", "2.50 M", "x",
+    ]  # fmt: skip
+    assert interval_text(-0.05, -0.07, float("inf")) == "−0.0500 [−0.0700, ∞]"
+
+
+def test_names_tell_folders_apart(tmp_path):
+    folders = [tmp_path / name for name in ("a/seed1", "b/seed1", "c/seed2", "c/seed2")]
+    assert names_of(folders) == ["a/seed1", "b/seed1", "seed2", "seed2"]
 
 
 def test_rule_of_starvation():

@@ -19,11 +19,13 @@ from rich.console import Console
 from slap_ds.cli import main
 from slap_ds.config.file import read_config
 from slap_ds.jsonl import read_lines
+from slap_ds.report.build import report
 from slap_ds.study.comparisons import REFUSED, compare_cells
 from slap_ds.study.plan import BASES, read_study
 from slap_ds.study.results import collect, read_rows, write_rows
 from slap_ds.study.run import read_outcome, run_study
 from tests.recipes import losses, run_config, tiny_model
+from tests.report.browser import CHROMIUM, browser, look
 
 FINETUNE = {
     "run_dir": "x",
@@ -293,6 +295,13 @@ def test_report_of_a_study(tiny, capsys):
     assert_self_contained(text)
     assert "diverges-keep0.5-seed1 failed" in text
     assert "demo_qa (noise)" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (CONTRIBUTING.md)")
+def test_a_browser_finds_nothing_that_overflows_in_it(tiny, tmp_path):
+    with browser() as tab:
+        look(tab, report([tiny[0]], tmp_path))
+        assert tab.complaints == []
 
 
 def assert_self_contained(text):
