@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from slap_ds.cli import _parser
+from slap_ds.cli import VERBOSE, _parser
 from slap_ds.cli.evidence import label_and_settings
 from slap_ds.config.file import read_config
 
@@ -60,16 +60,17 @@ def check(words, sample):
     """Hold a command to what it names; `sample` is the run file that stands for the user's own."""
     while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
-    if not words or words[0] in {"export", "cd"}:
+    if not words or words[0] in {"export", "cd", "."}:
         return
     name, *rest = words
+    name = name.removeprefix(".venv/bin/")
     if name == "slap-ds":
         _ours(rest, sample)
     elif name in LAUNCHERS and (at := _module_at(rest)):
         module, arguments = rest[at], rest[at + 1 :]
         if module == "slap_ds":
             _ours(arguments, sample)
-        else:
+        elif module != "venv":
             _script(ROOT / f"{module.replace('.', '/')}.py", arguments, sample)
     elif name in LAUNCHERS and (scripts := [i for i, w in enumerate(rest) if w.endswith(".py")]):
         path = rest[scripts[0]]
@@ -83,7 +84,7 @@ def check(words, sample):
     elif name == "pytest":
         for word in rest:
             assert not word.startswith("tests/") or (ROOT / word).exists(), f"no {word}"
-    elif name == "pip" and rest[0] == "install":
+    elif name == "pip" and rest[0] in {"install", "wheel"}:
         _pip(rest[1:])
     else:
         raise Unknown(name)
@@ -97,7 +98,8 @@ def _ours(arguments, sample):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            options, rest = _parser().parse_known_args(arguments)
+            told = [word for word in arguments if word not in VERBOSE]
+            options, rest = _parser().parse_known_args(told)
     except SystemExit:
         raise AssertionError(f"slap-ds {' '.join(arguments)}: {said.getvalue()}") from None
     if launched := getattr(options, "launcher", None):

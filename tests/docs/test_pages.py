@@ -8,6 +8,7 @@ A block of commands is parsed by what it names (commands.py), or stands under a 
 Commands of ours are parsed under a mark too.
 """
 
+import ast
 import re
 
 import pytest
@@ -78,6 +79,26 @@ def test_settings_are_real(path, sample, tmp_path):
         else:
             (tmp_path / "run.yaml").write_text(run_file(block, base), "utf-8")
             read_config(str(tmp_path / "run.yaml"))
+
+
+def test_the_lines_of_troubleshooting_are_ours():
+    """Each line that the page quotes, `...` standing for what varies, is in the code."""
+    ours = [text for path in (ROOT / "slap_ds").rglob("*.py") for text in literals(path)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    quoted = re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\| (.*?) \|", page, re.MULTILINE)))
+    assert len(quoted) > 30
+    for line in quoted:
+        pattern = re.compile(r".*?".join(map(re.escape, line.split("..."))), re.DOTALL)
+        assert any(pattern.search(text) for text in ours), line
+
+
+def literals(path):
+    """The texts in a module; what is put into an f-string is left out."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(v.value for v in node.values if isinstance(v, ast.Constant))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
 
 
 def test_what_is_wrong_is_seen(sample):
