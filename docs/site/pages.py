@@ -27,12 +27,13 @@ LINK = re.compile(r"(\[[^\]]*\]\()(?!\w+:|#)([^)#\s]+)")
 
 SETTINGS = """# Settings
 
-What a run file may hold: each setting with its allowed values and its default, as `slap-ds settings`
-prints them. Any of them can be given on the command line too: `--selection.keep 0.8`.
+What a run file may hold: each setting with its allowed values and its default, as
+`slap-ds settings` prints them. Any of them can be given on the command line too:
+`--selection.keep 0.8`.
 """
 COMMANDS = """# Commands
 
-The help of every command. Commands that take a run file take any of its settings after it, such as
+The help of every command. Those that take a run file take its settings too, such as
 `--selection.keep 0.8`; `-v` lets the notes and warnings of libraries out.
 """
 PYTHON = """# Python

@@ -141,7 +141,7 @@ class _Loader(yaml.SafeLoader):
                 continue  # the constructor says so
             if key in lines:
                 raise RepeatedKey(
-                    f"{key!r} stands in line {lines[key]} and again in line {line}: the second"
+                    f"{key!r} is in line {lines[key]} and again in line {line}: the second"
                     " would silently replace the first; put them together"
                 )
             lines[key] = line

@@ -1,12 +1,13 @@
 """Commands of the documentation, held to what they name: our parsers, settings, files, targets.
 
-    "slap-ds train my.yaml --selection.keep 0.8" -> the parser of `train`, then the run file's schema
+    "slap-ds train my.yaml --selection.keep 0.8" -> the parser of `train`, then the schema
 
-`check` raises AssertionError for what is wrong, and Unknown for a command that is not ours.
+`check` raises AssertionError or ValueError for what is wrong, Unknown for what is not ours.
 """
 
 import contextlib
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -102,10 +103,10 @@ def _ours(arguments, sample):
             options, rest = _parser().parse_known_args(told)
     except SystemExit:
         raise AssertionError(f"slap-ds {' '.join(arguments)}: {said.getvalue()}") from None
-    if launched := getattr(options, "launcher", None):
-        if isinstance(launched, list):
-            check(launched[1:], sample)
-            return
+    launched = getattr(options, "launcher", None)
+    if isinstance(launched, list):
+        check(launched[1:], sample)
+        return
     if not getattr(options, "takes_overrides", False):
         assert not rest, f"slap-ds {' '.join(arguments)}: {rest} is unknown"
         return
@@ -152,7 +153,7 @@ def _pip(words):
     for word in words:
         if named := re.match(r"(?:\.|slap_ds)\[(.*)\]$", word):
             assert not {*named[1].split(",")} - {*EXTRAS}, f"no extra in {word}"
-    for flag, name in zip(words, words[1:], strict=False):
+    for flag, name in itertools.pairwise(words):
         assert flag != "-r" or (ROOT / name).exists(), f"no {name}"
 
 
