@@ -13,6 +13,7 @@
 # make fuzz N=100000      every reader of foreign input, on N inputs
 # make kill-saves N=200   runs killed while they save: what is left loads, and changes nothing
 # make asan    the farthest-point op under AddressSanitizer
+# make site    the documentation as a folder of pages, build/site, which needs no server and no network
 # make gpu-pack    what a machine with a GPU and no network lacks, into .cache/gpu-pack
 # make gpu-check   on that machine: everything that only a GPU can tell, in seven minutes; PARTS=a,b
 # make gpu-report  its results into the tables of docs/
@@ -35,7 +36,7 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: demo demo-smollm2 regimes study-quick test test-newest test-floor lock test-faults soak test-nodes lint fuzz kill-saves asan gpu-pack gpu-check gpu-report install install-test clean
+.PHONY: demo demo-smollm2 regimes study-quick test test-newest test-floor lock test-faults soak test-nodes lint fuzz kill-saves asan gpu-pack gpu-check gpu-report site install install-test clean
 
 demo: install
 	examples/demo.sh $(RANKS)
@@ -102,6 +103,9 @@ kill-saves: N ?= 200
 kill-saves: install-test
 	$(BIN)/python -m tests.faults.kill_saves --kills $(N)
 
+site: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
+
 GPU_PYTHON ?= python3
 GPU_OUT ?= benchmarks/results/gpu
 gpu-pack: install-test
@@ -130,6 +134,10 @@ install-test: .venv/installed-test
 .venv/installed-test: .venv/installed
 	$(LOCKED) -r requirements/test.txt
 	$(BIN)/python -m pip check
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(LOCKED) -r requirements/docs.txt
 	touch $@
 
 clean:

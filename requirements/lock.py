@@ -1,10 +1,11 @@
 """Writes the lock: all that `make` installs, by version and hash, for Python 3.10 to 3.13.
 
-    pyproject.toml + torch.txt -> uv, in an environment thrown away afterwards -> three files
+    pyproject.toml + torch.txt -> uv, in an environment thrown away afterwards -> four files
 
     build.txt   pip and setuptools, installed first: they build what comes as source
     run.txt     what training needs, beside torch (torch.txt)
     test.txt    what the tests need beyond that
+    docs.txt    what `make site` needs beyond run.txt
 
 Usage: python requirements/lock.py, or `make lock`.
 """
@@ -24,7 +25,7 @@ HEAD = "# Written by `make lock`; {}.\n"
 
 
 def main() -> None:
-    """The three files are written when both resolutions have succeeded."""
+    """The files are written when all resolutions have succeeded."""
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run([sys.executable, "-m", "venv", scratch], check=True)
         subprocess.run([f"{scratch}/bin/pip", "install", "-qq", UV], check=True)
@@ -32,13 +33,15 @@ def main() -> None:
         whole = Path(scratch) / "whole.txt"
         whole.write_text("".join(entry for entries in everything.values() for entry in entries))
         run = resolve(scratch, [], whole)
+        docs = resolve(scratch, ["--extra", "docs"], whole)
     files = {
-        "build.txt": ("what builds packages from source", BUILD),
-        "run.txt": ("what training needs, beside torch", [n for n in run if n not in BUILD]),
-        "test.txt": ("what the tests need beyond run.txt", [n for n in everything if n not in run]),
+        "build.txt": ("what builds packages from source", BUILD, run),
+        "run.txt": ("what training needs, beside torch", run.keys() - {*BUILD}, run),
+        "test.txt": ("what the tests need beyond run.txt", everything.keys() - run, everything),
+        "docs.txt": ("what `make site` needs beyond run.txt", docs.keys() - run, docs),
     }
-    for file, (title, names) in files.items():
-        entries = [entry for name in sorted(names) for entry in everything[name]]
+    for file, (title, names, found) in files.items():
+        entries = [entry for name in sorted(names) for entry in found[name]]
         if any("://" in entry for entry in entries):
             raise SystemExit(f"{file} would name a host: uv was told to write addresses")
         (HERE / file).write_text(HEAD.format(title) + "".join(entries))

@@ -40,7 +40,8 @@ def select(
         method: any of `selection.method`, registered ones too.
         seed: of the method's random draws; equal seeds give equal picks.
         lr: learning rate of the step, which greats looks at.
-        tokens, response_tokens: (N,) whole numbers, of all and of trained tokens; of sampled.
+        tokens: (N,) whole numbers, of prompt and answer together; of sampled.
+        response_tokens: (N,) whole numbers, of them that are trained; of sampled.
         ids: (N,) whole numbers, of methods that know samples by their ids.
         settings: the method's own, as in its section of `selection` (slap: strata, budgets, ...).
 

@@ -80,7 +80,7 @@ def _what(config: Config, base: str | None, licence: str | None) -> str:
     adapter = (
         "" if config.model.lora is None else f" by a LoRA adapter of rank {config.model.lora.r}"
     )
-    stated = "No licence is stated: that of the base model and of the data count."
+    stated = "No licence is stated: those of the base model and the data apply."
     return (
         f"A language model {start}{adapter} with slap_ds, which at every step trains a part of a "
         f"candidate batch.{'' if licence else ' ' + stated}"

@@ -58,9 +58,9 @@ def check_matches(
     saved = checkpoint.manifest
     if TENSORS not in checkpoint.files:
         raise ValueError(
-            f"{checkpoint.folder} was saved by slap_ds {saved.get('version')}; runs can be gone on "
-            "with from 0.2.0 on: end this one with the version that began it, or start in another "
-            "run_dir"
+            f"{checkpoint.folder} was saved by slap_ds {saved.get('version')}; only runs of "
+            "0.2.0 and later can be resumed: finish this one with the version that started it, or "
+            "use another run_dir"
         )
     if saved["world_size"] != world and not reshard:
         before = counted(saved["world_size"], "rank")

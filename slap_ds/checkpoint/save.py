@@ -250,7 +250,7 @@ class Saver:
         if self.comm.rank == 0:
             shutil.rmtree(self.root / f".tmp-{step:06d}", ignore_errors=True)
         found = find(self.run_dir)
-        good = f"{found[-1].folder} is as it was" if found else "there is none before it"
+        good = f"{found[-1].folder} is unchanged" if found else "there is no earlier one"
         rank, problem = told[0]
         raise ValueError(f"no checkpoint after step {step}: rank {rank}: {problem}; {good}")
 

@@ -25,8 +25,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, or 1 after an error, or 2 for wrong usage."""
     if arguments is None:
         _in_utf8()
-    if arguments is None:
-        _in_utf8()
     for stream in (sys.stdout, sys.stderr):
         # What a terminal's encoding lacks is written as \\u4e16.
         if isinstance(stream, io.TextIOWrapper):
@@ -60,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="slap-ds", description=__doc__.split("\n")[0])
     # Wherever it stands: `main` looks for it. Here it is for the help alone.
-    parser.add_argument(*VERBOSE, action="store_true", help="let libraries' notes and warnings out")
+    parser.add_argument(*VERBOSE, action="store_true", help="show libraries' notes and warnings")
     parser.add_argument("--version", action="version", version=f"slap-ds {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

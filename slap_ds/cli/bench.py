@@ -35,10 +35,12 @@ def add(commands: Commands) -> None:
     through.add_argument(
         "--spread", type=float, default=0.0, help="deviation of their log-lengths (default 0)"
     )
-    through.add_argument("--response-share", type=float, default=0.5, help="of their tokens")
-    through.add_argument("--peak-flops", type=float, help="of one GPU, for MFU")
+    through.add_argument(
+        "--response-share", type=float, default=0.5, help="share of the tokens that is trained"
+    )
+    through.add_argument("--peak-flops", type=float, help="FLOP/s of one GPU, for MFU")
     through.add_argument("--sweep", choices=("nodes", "micro_batch_tokens", "keep"))
-    through.add_argument("--values", type=float, nargs="+", default=[], help="of the sweep")
+    through.add_argument("--values", type=float, nargs="+", default=[], help="values of the sweep")
     through.add_argument("--hostfile", help="sweep nodes over its hosts (default: ranks here)")
     through.add_argument("--launcher", help='sweep nodes: such as "srun -N {n} python -m slap_ds"')
     through.add_argument("--json", help="write the points there")
@@ -46,8 +48,12 @@ def add(commands: Commands) -> None:
     through.set_defaults(run=_throughput, takes_overrides=True)
 
     network = parts.add_parser("network", help="latency and bandwidth between the ranks")
-    network.add_argument("--mib", type=float, default=64, help="of the large message (default 64)")
-    network.add_argument("--timeout-s", type=float, default=60, help="to wait for other ranks")
+    network.add_argument(
+        "--mib", type=float, default=64, help="MiB of the large message (default 64)"
+    )
+    network.add_argument(
+        "--timeout-s", type=float, default=60, help="seconds to wait for other ranks"
+    )
     network.add_argument("--json", help="write the result there; -: a line of the output")
     network.set_defaults(run=_network)
 
@@ -123,7 +129,7 @@ def _network(options: argparse.Namespace, rest: list[str]) -> None:
     if comm.rank == 0:
         if comm.world == 1:
             print(
-                "one rank has nobody to send to, nothing was measured: start it with a launcher, "
+                "a single rank has no peer, so nothing was measured: start this with a launcher, "
                 "such as torchrun --nproc-per-node 2 -m slap_ds bench network",
                 flush=True,
             )

@@ -15,7 +15,7 @@ def add(commands: Commands) -> None:
         epilog="Exit codes, and when to let torchrun, Slurm or Kubernetes do it: "
         "docs/reliability.md",
     )
-    launch.add_argument("--restarts", type=int, default=3, help="at most (default 3)")
+    launch.add_argument("--restarts", type=int, default=3, help="restarts at most (default 3)")
     launch.add_argument(
         "--backoff-s", type=float, default=5.0, help="pause before the first; doubled each time"
     )
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
     launch.add_argument("launcher", nargs=argparse.REMAINDER, help="-- and the command to run")
     launch.set_defaults(run=_launch)
 
-    doctor = commands.add_parser("doctor", help="what this machine gives slap_ds")
+    doctor = commands.add_parser("doctor", help="check what this machine offers")
     doctor.add_argument("--hostfile", help="check its hosts too, over ssh")
     doctor.add_argument("--run-dir", default=".", help="where the run will write (default: here)")
     doctor.add_argument(

@@ -26,16 +26,16 @@ def add(commands: Commands) -> None:
     )
     guess.add_argument("config")
     guess.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
-    guess.add_argument("--gpu", choices=_KINDS, default="h100", help="their kind (default h100)")
+    guess.add_argument("--gpu", choices=_KINDS, default="h100", help="kind of GPU (default h100)")
     guess.add_argument(
         "--sample-tokens", type=float, help="mean tokens per sample (default: counted in the data)"
     )
-    guess.add_argument("--response-share", type=float, help="of them that is trained")
+    guess.add_argument("--response-share", type=float, help="share of the tokens that is trained")
     guess.add_argument(
         "--candidates-per-gpu", type=float, help="default: the run's own candidates, on any number"
     )
-    guess.add_argument("--flops-per-s", type=float, help="that one GPU reaches")
-    guess.add_argument("--bytes-per-s", type=float, help="that a GPU gathers of weights")
+    guess.add_argument("--flops-per-s", type=float, help="FLOP/s that one GPU reaches")
+    guess.add_argument("--bytes-per-s", type=float, help="bytes/s at which a GPU gathers weights")
     guess.set_defaults(run=_estimate, takes_overrides=True)
 
 
@@ -103,7 +103,7 @@ def _counted(config: Config) -> tuple[Tokens, str]:
     except (ValueError, OSError) as error:
         if (why := mistake(error)) is None:
             raise
-        return Tokens(), f"\nassumed, for the data cannot be read ({why.splitlines()[0]})"
+        return Tokens(), f"\nassumed, since the data cannot be read ({why.splitlines()[0]})"
     mean = float(store.lengths.mean())
     share = float(store.trained_tokens.sum() / store.lengths.sum())
     return Tokens(mean, share, len(store)), f", counted in {len(store):,} samples"

@@ -19,14 +19,18 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--data", nargs="+", default=[], help="rows (default: the run's eval)")
     evaluate.add_argument("--out", help="folder of the results (default: in the target's eval/)")
     evaluate.add_argument("--samples", type=_count, help="answers per task (default all; 0: none)")
-    evaluate.add_argument("--seed", type=_count, default=0, help="of the subset (default 0)")
+    evaluate.add_argument("--seed", type=_count, default=0, help="seed of the subset (default 0)")
     evaluate.add_argument("--max-new-tokens", type=_positive, default=256)
-    evaluate.add_argument("--batch-tokens", type=_positive, default=16384, help="of one batch")
+    evaluate.add_argument(
+        "--batch-tokens", type=_positive, default=16384, help="tokens of one batch"
+    )
     evaluate.add_argument("--template", help="conversation template (default: the model's own)")
     evaluate.add_argument("--format", help="format of the rows (default: recognised)")
     evaluate.add_argument("--max-tokens", type=_longest, help="longest row (default: the run's)")
     evaluate.add_argument("--dtype", choices=["float32", "bfloat16"])
-    evaluate.add_argument("--attention", help="for the losses (default: the run's, or packed)")
+    evaluate.add_argument(
+        "--attention", help="attention for the losses (default: the run's, or packed)"
+    )
     harness = evaluate.add_argument_group("lm-evaluation-harness, instead of the above")
     harness.add_argument("--lm-eval", metavar="TASKS", help="names or .yaml files, with commas")
     harness.add_argument("--lm-eval-limit", type=_positive, metavar="N", help="rows of each task")
@@ -37,14 +41,14 @@ def add(commands: Commands) -> None:
     compared.add_argument("--against", metavar="FILE", help="another model's predictions.jsonl")
     compared.add_argument("--judge-key-env", metavar="NAME", help="variable (OPENAI_API_KEY)")
     compared.add_argument("--judge-timeout", type=_positive, default=120, metavar="SECONDS")
-    compared.add_argument("--judge-tries", type=_positive, default=6, help="of one request")
+    compared.add_argument("--judge-tries", type=_positive, default=6, help="tries of one request")
     compared.add_argument("--judge-workers", type=_positive, default=4, help="requests at a time")
     evaluate.set_defaults(run=_evaluate)
 
     losses = commands.add_parser(
         "losses", help="write each training sample's loss under a model", epilog=OVERRIDES
     )
-    losses.add_argument("config", help="a run's; --model.path names the model")
+    losses.add_argument("config", help="run file; --model.path names the model")
     losses.add_argument("--out", required=True, help="JSONL file, for selection.reference_losses")
     losses.set_defaults(run=_losses, takes_overrides=True)
 

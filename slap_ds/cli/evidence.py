@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
     compass = commands.add_parser(
         "fidelity", help="how well selectors' gradients stand for all candidates'", epilog=OVERRIDES
     )
-    compass.add_argument("config", help="of a run; one process")
+    compass.add_argument("config", help="run file; one process")
     compass.add_argument(
         "--method",
         action="append",
@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
         "--states", type=int, nargs="+", default=[0, 60], help="training steps before measuring"
     )
     compass.add_argument("--batches", type=int, default=20, help="at each state (default 20)")
-    compass.add_argument("--share", type=float, default=0.6, help="of the tokens to be trained")
+    compass.add_argument("--share", type=float, default=0.6, help="share of the tokens to train")
     compass.add_argument(
         "--blocks", type=int, default=0, help="sketch the last blocks and the head (default: all)"
     )
@@ -53,10 +53,12 @@ def add(commands: Commands) -> None:
     pilot = commands.add_parser(
         "advise", help="which regime the data look like, and what to set", epilog=OVERRIDES
     )
-    pilot.add_argument("config", help="of a run; nothing is trained")
-    pilot.add_argument("--rows", type=int, default=256, help="drawn for the pilot (default 256)")
+    pilot.add_argument("config", help="run file; nothing is trained")
     pilot.add_argument(
-        "--prompts", type=int, default=4, help="of others, that each answer is tried with"
+        "--rows", type=int, default=256, help="rows drawn for the pilot (default 256)"
+    )
+    pilot.add_argument(
+        "--prompts", type=int, default=4, help="prompts of other rows to score each answer with"
     )
     pilot.add_argument("--json", help="write the numbers and findings there")
     pilot.set_defaults(run=_advise, takes_overrides=True)

@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
     export.add_argument("--merge", action="store_true", help="LoRA: add the adapter into the model")
     export.add_argument("--license", help="for the model card, such as apache-2.0")
     export.add_argument("--push", metavar="OWNER/NAME", help="upload to a hub, privately")
-    export.add_argument("--public", action="store_true", help="with --push: for everybody")
+    export.add_argument("--public", action="store_true", help="with --push: upload publicly")
     export.set_defaults(run=_export)
 
     generate = commands.add_parser("generate", help="answer prompts with an exported model")

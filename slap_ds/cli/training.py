@@ -46,7 +46,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     if options.dry_run:
         _dry_run(config, options.gpus)
         return
-    tell(f"starts {config.run_dir}")  # before anything that takes long to import
+    tell(f"starting {config.run_dir}")  # before anything that takes long to import
     from slap_ds.distributed.comm import Comm
     from slap_ds.distributed.startup import alone_in
     from slap_ds.engine import built, start_ranks, stop_ranks
@@ -60,7 +60,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
         code, comm = DONE, Comm()
         try:
             if config.engine.kind == "deepspeed" and not built(os.environ):
-                tell("builds DeepSpeed's operator, once on this machine, about a minute")
+                tell("building DeepSpeed's operator, once per machine, about a minute")
             comm = start_ranks(config, dog)
             with alone_in(Path(config.run_dir), comm):
                 run = prepare(config, comm, tell=tell)

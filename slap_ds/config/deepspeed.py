@@ -95,7 +95,7 @@ def resolve_deepspeed(config: Config, world_size: int, hidden_size: int) -> dict
         elif key in ours and found != value:
             problems.append(f'{key} is {found!r}, this run needs {value!r} (or "auto")')
     if "optimizer" in settings or "scheduler" in settings:
-        problems.append("optimizer and scheduler belong into the run's YAML (optimizer section)")
+        problems.append("optimizer and scheduler belong in the run's YAML (optimizer section)")
     # AdamW is torch's, which DeepSpeed takes for untested and, offloaded, wants to replace.
     for key, value in {
         "zero_allow_untested_optimizer": True,
@@ -131,7 +131,7 @@ def _unknown(settings: dict[str, Any]) -> Iterator[str]:
             continue
         near = difflib.get_close_matches(key, _SECTIONS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "take it out"
-        yield f"{key} is no section that this trainer can use; {hint}"
+        yield f"{key} is not a section that this trainer can use; {hint}"
 
 
 def _get_dotted(tree: Any, key: str) -> Any:

@@ -8,10 +8,11 @@ Every mistake is reported at once, by its dotted key, with a suggestion where on
 from __future__ import annotations
 
 import difflib
+import json
 import types
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -86,16 +87,45 @@ def validated(model: type[M], raw: Mapping[str, Any], path: str) -> M:
 
 
 def config_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, description with its default) of every setting, in reading order."""
+    """(dotted key, description with allowed values and default) of every setting, in order."""
     for name, field in model.model_fields.items():
         inner = field.annotation
         section = next((kind for kind in (inner, *get_args(inner)) if _is_section(kind)), None)
         if section is not inner:
-            default = "required" if field.is_required() else f"default {field.default!r}"
+            default = "required" if field.is_required() else f"default {_written(field.default)}"
             key = f"{prefix}{field.alias or name}"
-            yield key, f"{field.description or ''} ({default})".strip()
+            yield key, f"{field.description} ({_allowed(inner, field.metadata)}; {default})"
         if section is not None:
             yield from config_keys(section, f"{prefix}{name}.")
+
+
+def _allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
+    """The values of a type, as a user writes them: `number > 0, <= 1`, `auto | reuse | null`."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _allowed(inner[0], [x for m in inner[1:] for x in getattr(m, "metadata", [])])
+    if origin is Literal:
+        return " | ".join(inner)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_allowed(each, limits) for each in inner)
+    if origin is list:
+        return f"list of {_allowed(inner[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(_allowed, inner))}]"
+    bounds = [
+        f"{sign} {getattr(limit, name):g}"
+        for limit in limits
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if hasattr(limit, name)
+    ]
+    names = {str: "text", int: "whole number", float: "number", bool: "true | false"}
+    name = "null" if kind is types.NoneType else names.get(kind, "mapping")
+    return f"{name} {', '.join(bounds)}".strip() if kind in (int, float) else name
+
+
+def _written(default: Any) -> str:
+    """A default as YAML has it, in one line."""
+    return default if isinstance(default, str) else json.dumps(default)
 
 
 class _Loader(yaml.SafeLoader):
@@ -111,7 +141,7 @@ class _Loader(yaml.SafeLoader):
                 continue  # the constructor says so
             if key in lines:
                 raise RepeatedKey(
-                    f"{key!r} stands in line {lines[key]} and again in line {line}: the second"
+                    f"{key!r} is in line {lines[key]} and again in line {line}: the second"
                     " would silently replace the first; put them together"
                 )
             lines[key] = line

@@ -38,7 +38,7 @@ class LoraConfig(Section):
     use_rslora: bool = False
     """rsLoRA: the scale that stays stable at high ranks."""
     start: PathText | None = None
-    """An adapter folder in peft's format to go on from; its own rank, scale, targets and kind
+    """An adapter folder in peft's format to continue from; its own rank, scale, targets and kind
     count, not those above."""
 
 
@@ -147,8 +147,8 @@ class SelectionConfig(Section):
     """rho_loss: the file of each training sample's loss under a reference model, as written by
     `slap-ds losses`."""
     validation: list[PathText] = Field([])
-    """greats: files, folders, globs or hub names of the samples whose loss shall fall; none of them
-    may be in data.eval."""
+    """greats: files, folders, globs or hub names of the samples whose loss should fall; none
+    of them may be in data.eval."""
     slap: SlapConfig = SlapConfig()
     ccs: CcsConfig = CcsConfig()
     infobatch: InfoBatchConfig = InfoBatchConfig()

@@ -67,7 +67,7 @@ def _spans(
             return []
         first, last = int(seen[0]), int(seen[-1]) + 1
         if len(seen) != last - first:
-            raise ValueError("attention_mask has holes: a row's tokens must stand side by side")
+            raise ValueError("attention_mask has holes: a row's tokens must be adjacent")
     cuts = [first]
     if places is not None:
         jumps = np.diff(places[row, first:last]) != 1

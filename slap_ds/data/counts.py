@@ -38,12 +38,12 @@ def say_aloud(counts: Counts, notes: Sequence[str]) -> None:
         logger.warning(note)
     if counts.with_media:
         logger.warning(
-            "%d samples come with images, sounds or films: their texts alone are trained",
+            "%d samples have images, audio or video: only their text is trained",
             counts.with_media,
         )
     if counts.context_turns:
         logger.warning(
             "%d answers are context and not trained: the tokenizer's chat template writes them"
-            " otherwise once the conversation goes on (docs/data.md)",
+            " differently once the conversation continues (docs/data.md)",
             counts.context_turns,
         )

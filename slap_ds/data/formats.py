@@ -238,8 +238,8 @@ def recognise(row: Mapping[str, Any]) -> str:
             return name
     if "text" in row:
         raise ValueError(
-            "a row of plain text (text), which has no answer to train: take a tool for continued"
-            " pre-training, as TRL's SFTTrainer, or write prompt and completion"
+            "a row of plain text (text), which has no answer to train: use a tool for continued"
+            " pre-training, such as TRL's SFTTrainer, or write prompt and completion"
         )
     fields_found = sorted(str(key)[:40] for key, value in row.items() if value is not None)
     found = ", ".join(key if key.isprintable() else ascii(key) for key in fields_found[:20])

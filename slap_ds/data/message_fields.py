@@ -216,14 +216,14 @@ def refuse_other_kinds(row: Mapping[str, Any]) -> None:
     """
     if row.get("chosen") is not None and row.get("rejected") is not None:
         raise ValueError(
-            "a row of preferences (chosen, rejected): take a method that learns from them, as"
+            "a row of preferences (chosen, rejected): use a method that learns from them, as"
             " TRL's DPOTrainer, or write messages that end with the chosen answer"
         )
     for name in ("label", "kto_tag"):
         if isinstance(row.get(name), bool):
             raise ValueError(
-                f"a row with a verdict ({name} true or false): take a method that learns from"
-                " them, as TRL's KTOTrainer, or keep the good rows alone and leave the field out"
+                f"a row with a verdict ({name} true or false): use a method that learns from"
+                " them, such as TRL's KTOTrainer, or keep only the good rows, without the field"
             )
 
 

@@ -114,8 +114,8 @@ class OwnTemplate(Template):
         spans = [span for span in wanted if span is not None]
         if wanted and not spans:
             raise ValueError(
-                "the tokenizer's chat template writes the answers to be trained otherwise once the"
-                " conversation goes on, so none can be trained"
+                "the tokenizer's chat template writes the answers to be trained differently once"
+                " the conversation continues, so none can be trained"
             )
         moved = tuple((move(begin), move(stop)) for begin, stop in spans)
         return Written(text + layout.appended, moved, len(wanted) - len(spans))

@@ -204,7 +204,7 @@ def _open(folder: Path) -> TokenStore | None:
     try:
         return TokenStore(folder)
     except ValueError as error:
-        logger.warning("the cached data are damaged and will be built again: %s", error)
+        logger.warning("the cached data are damaged and will be rebuilt: %s", error)
         return None
 
 

@@ -201,7 +201,7 @@ def build_locks(environ: Mapping[str, str]) -> Iterator[Finding]:
             text = f"{lock} is {age_s / 60:.0f} minutes old: a build was killed; remove the file"
             yield Finding("red", "extension cache", text)
         else:
-            text = f"{lock} is {age_s:.0f} s old: a build is going on, or was killed just now"
+            text = f"{lock} is {age_s:.0f} s old: a build is running, or was just killed"
             yield Finding("yellow", "extension cache", text)
     if not found:
         yield Finding("green", "extension cache", f"no lock in {folder}")

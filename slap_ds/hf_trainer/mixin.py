@@ -204,7 +204,7 @@ class SlapTrainerMixin:
             if (file := self._resumes / STATE).exists():
                 chooser.load_state_dict(read_tensors(file))
             else:
-                logger.warning("%s is not there: selection begins anew", file)
+                logger.warning("%s is not there: selection starts afresh", file)
         self._chooser = chooser
         return chooser
 

@@ -262,7 +262,7 @@ class _Job:
         if PREEMPTED in codes and (self.stop or launcher > 0):
             return _Attempt(PREEMPTED, step, ranks[codes.index(PREEMPTED)]["cause"])
         silent = [facts["rank"] for facts in ranks if facts["exit"] is None]
-        cause = f"rank {', '.join(map(str, silent))} died without a word" if silent else ""
+        cause = f"rank {', '.join(map(str, silent))} died without a message" if silent else ""
         for facts in ranks:
             if facts["exit"] in (LOST_PEER, PREEMPTED):
                 cause = cause or f"rank {facts['rank']}: {facts['cause']}"

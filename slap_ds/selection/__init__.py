@@ -88,7 +88,7 @@ def make_selector(options: Mapping[str, Any]) -> Selector:
     if method in SELECTORS and further:
         raise ValueError(
             f"selection.options holds {', '.join(sorted(further))}, for selectors from elsewhere: "
-            f"what {method} can be told stands in selection.{method}, if it has a section"
+            f"the settings of {method} itself are in selection.{method}, if it has any"
         )
     if method in SELECTORS:
         return SELECTORS[method](options)

@@ -228,5 +228,5 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another process runs the study in {str(folder)!r}") from None
+            raise ValueError(f"another process is running the study in {str(folder)!r}") from None
         yield

@@ -39,7 +39,9 @@ def train(run: Run, callbacks: Sequence[Callable[[Mapping[str, Any]], object]] =
             result = train_on(run, plan, picks)
             journal.step(step_record(run, plan, scored, picks, result))
             if run_due(run, step, result.stop, journal):
-                raise Preempted(f"stopped and saved after {step + 1} steps; start again to go on")
+                raise Preempted(
+                    f"stopped and saved after {step + 1} steps; start again to continue"
+                )
             if run.ended:
                 journal.ended_early()
                 break

@@ -169,7 +169,7 @@ def prepare(
         facts = facts_of(config, inputs.model_config, inputs.train.fingerprint)
         check_matches(newest, comm.world, facts, config.checkpoint.reshard)
     comm.heart.beat("building the engine")
-    tell(f"loads {config.model.path or 'a fresh model'}")
+    tell(f"loading {config.model.path or 'a fresh model'}")
     engine = make_engine(config, inputs.model_config, comm)
     run = Run(config, comm, inputs, engine, stream, scorer, selector)
     if run.reuses and selector.needs:

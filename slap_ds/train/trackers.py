@@ -104,7 +104,7 @@ class Trackers:
         self.clients.pop(name, None)
         first = (masked(str(error)).strip().splitlines() or [""])[0]
         self.say(
-            f"report_to {name}: {type(error).__name__}: {first}; the run goes on without it, "
+            f"report_to {name}: {type(error).__name__}: {first}; the run continues without it, "
             "metrics.jsonl has everything"
         )
 

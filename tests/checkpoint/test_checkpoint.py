@@ -174,7 +174,7 @@ def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     assert "1,234 are free" in str(told.value)
     need = sum(fact.bytes for fact in checkpoint.find(tmp_path)[-1].files.values())
     assert f"{need:,} bytes are needed" in str(told.value)
-    assert "step-000003 is as it was" in str(told.value)
+    assert "step-000003 is unchanged" in str(told.value)
     assert names(tmp_path) == ["latest", "step-000001", "step-000002", "step-000003"]
 
 

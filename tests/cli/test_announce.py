@@ -40,9 +40,9 @@ def test_a_start_says_its_phases_what_it_trains_and_where_it_is(path, tmp_path, 
     run = tmp_path / "run"
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("slap-ds: ")]
     assert told[:3] == [
-        f"slap-ds: starts {run}",
+        f"slap-ds: starting {run}",
         "slap-ds: reads the data",
-        f"slap-ds: loads {model}",
+        f"slap-ds: loading {model}",
     ]
     assert re.fullmatch(
         r"slap-ds: llama, \d+ k parameters; [\d,]+ samples, [\d,]+ to evaluate; slap, keep 0.6, of "

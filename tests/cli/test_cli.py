@@ -360,7 +360,7 @@ def test_estimate_counts_the_runs_own_data(capsys, write):
     assert re.search(r"│ candidates a step +│ +16 │ +128 │", out)
     assert re.search(r"hours, without evaluation +│ +data not read", out)
     out = told("--data.train", "[nowhere.jsonl]")
-    assert "assumed, for the data cannot be read (" in out
+    assert "assumed, since the data cannot be read (" in out
     assert "nowhere.jsonl" in out
 
 

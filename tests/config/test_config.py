@@ -99,6 +99,17 @@ def test_every_setting_is_explained():
     assert len(keys) > 40
     for key, text in keys.items():
         assert len(text) > len("(default x)") + 5, key
+    for key, allowed in {
+        "selection.keep": "number > 0, <= 1; default 0.6",
+        "step.forward": "auto | reuse | separate; default auto",
+        "batch.rows_per_rank": "auto | whole number >= 1 | null; default null",
+        "optimizer.betas": "[number, number]; default [0.9, 0.95]",
+        "checkpoint.last": "true | false; default true",
+        "report_to": "list of tensorboard | wandb | mlflow | trackio; default []",
+        "data.train": "list of text; required",
+        "model.config": "mapping | null; default null",
+    }.items():
+        assert keys[key].endswith(f"({allowed})")
 
 
 def test_deepspeed_autos_are_filled_and_contradictions_listed(tmp_path):
@@ -162,8 +173,11 @@ ZERO = {"zero_optimization": {"stage": 3}}
     [
         ({}, "has no zero_optimization.stage, expected 0, 1, 2 or 3"),
         ({"zero_optimisation": {"stage": 3}}, "did you mean 'zero_optimization'?"),
-        ({**ZERO, "amp": {"enabled": True}}, "amp is no section that this trainer can use; take"),
-        ({**ZERO, "curriculum_learning": {}}, "curriculum_learning is no section"),
+        (
+            {**ZERO, "amp": {"enabled": True}},
+            "amp is not a section that this trainer can use; take",
+        ),
+        ({**ZERO, "curriculum_learning": {}}, "curriculum_learning is not a section"),
         ({**ZERO, "zero_force_ds_cpu_optimizer": True}, "True, this run needs False"),
         ({"zero_optimization": {"stage": 4}}, "stage is 4, expected 0, 1, 2 or 3"),
     ],
@@ -219,7 +233,7 @@ def test_bfloat16_gradients_are_summed_in_float32(tmp_path, dtype, zero, summed)
     ],
 )
 def test_a_key_that_stands_twice_is_refused_at_every_depth(tmp_path, text):
-    with pytest.raises(ValueError, match=r"stands in line \d+ and again in line \d+") as error:
+    with pytest.raises(ValueError, match=r"is in line \d+ and again in line \d+") as error:
         read_config(write(tmp_path, text))
     assert str(error.value).count("\n") == 0
 

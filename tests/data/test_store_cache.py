@@ -90,7 +90,7 @@ def test_a_damaged_store_is_built_again_and_says_so(
         file.write_bytes(data[:-1] if damage == "cut" else data + b"\x01")
     with caplog.at_level(logging.WARNING):
         again = build(path, tmp_path / "cache")
-    assert "damaged and will be built again" in caplog.text
+    assert "damaged and will be rebuilt" in caplog.text
     assert (again.fingerprint, again[1].ids.tolist()) == (fingerprint, ids)
     assert os.listdir(tmp_path / "cache") == [again.folder.name]
     caplog.clear()

@@ -58,7 +58,7 @@ def test_done_is_what_all_ranks_call_done(launch):
 def test_exit_0_of_a_launcher_whose_ranks_did_not_finish_is_a_failure(launch):
     code, said, ports = launch("[(0, 4, ''), (None, 3 + attempt, '')]", "", "--restarts", "1")
     assert code == 69
-    assert "rank 1 died without a word" in said
+    assert "rank 1 died without a message" in said
     assert len(set(ports)) == 2  # a port of its own for every attempt
 
 
