@@ -8,4 +8,4 @@
 set -euo pipefail
 : "${GPUS:=-1}" "${MASTER_PORT:=29500}"
 
-exec deepspeed --num_gpus "$GPUS" --master_port "$MASTER_PORT" --module slap_ds train "$@"
+exec deepspeed --quiet --num_gpus "$GPUS" --master_port "$MASTER_PORT" --module slap_ds train "$@"

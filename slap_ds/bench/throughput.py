@@ -83,7 +83,7 @@ def throughput(
         return random_inputs(config, mean, data.spread, data.response_share)
 
     run = prepare(config, read=read if data.random else None, tell=tell)
-    tell(f"measures {steps} steps after {warmup} of warm-up")
+    tell(f"measuring {steps} steps after {warmup} of warm-up")
     peak, source = _peak(run, peak_flops)
     metrics = JsonLines(run.run_dir / "metrics.jsonl", 0) if run.comm.rank == 0 else None
     points = []

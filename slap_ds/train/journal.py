@@ -1,6 +1,6 @@
 """What a run leaves behind as it goes: its JSON Lines files, and a progress bar.
 
-metrics.jsonl        steps, evaluations, checkpoints, changed settings; units in the keys
+metrics.jsonl        steps, evaluations, checkpoints, changed settings
 picks.jsonl          the sample ids trained at each step, and their weights
 starts.jsonl         when, on what and with which versions the run was started, and what it read
 quarantine.jsonl     samples that were left out, or blamed for a step that changed nothing

@@ -158,7 +158,7 @@ def prepare(
     run_dir = Path(config.run_dir)
     check_shared(run_dir, comm)
     newest = _newest_checkpoint(config, comm)
-    tell("reads the data")
+    tell("reading the data")
     inputs = first_on_each_node(
         comm, "data", lambda count: read(config) if read else read_inputs(config, count)
     )

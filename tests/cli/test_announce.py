@@ -41,7 +41,7 @@ def test_a_start_says_its_phases_what_it_trains_and_where_it_is(path, tmp_path, 
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("slap-ds: ")]
     assert told[:3] == [
         f"slap-ds: starting {run}",
-        "slap-ds: reads the data",
+        "slap-ds: reading the data",
         f"slap-ds: loading {model}",
     ]
     assert re.fullmatch(
@@ -55,6 +55,32 @@ def test_a_start_says_its_phases_what_it_trains_and_where_it_is(path, tmp_path, 
     ]
     main(["train", path, "--steps", "3"])
     assert "continues after 2 of 3 steps" in capsys.readouterr().err
+
+
+OURS = r"slap-ds: |evaluation loss \d|step \d+/\d+: loss "
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "last"),
+    [
+        ([], 0, r"slap-ds: done, 2 steps in "),
+        (["--data.train", "[nowhere.jsonl]"], 1, r"slap-ds: error: nowhere\.jsonl: no such file"),
+    ],
+)
+def test_a_terminal_shows_our_lines_alone(path, given, code, last):
+    """Nothing of the libraries: no banner, warning or bar, of a run or of a start that fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "slap_ds", "train", path, *given],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if not re.match(OURS, line)] == []
+    assert re.match(last, lines[-1])
 
 
 def test_the_first_line_comes_before_what_takes_long_to_import(path):

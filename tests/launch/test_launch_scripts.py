@@ -86,7 +86,11 @@ SLURM = {
 @pytest.mark.parametrize(
     ("script", "variables", "expected"),
     [
-        ("single_node.sh", {}, "deepspeed --num_gpus -1 --master_port 29500 --module slap_ds"),
+        (
+            "single_node.sh",
+            {},
+            "deepspeed --quiet --num_gpus -1 --master_port 29500 --module slap_ds",
+        ),
         ("single_node.sh", {"GPUS": "2", "MASTER_PORT": "7"}, "--num_gpus 2 --master_port 7"),
         (
             "multi_node.sh",
