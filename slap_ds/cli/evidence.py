@@ -1,4 +1,4 @@
-"""compare, report, study, fidelity, advise: what runs have shown, and what choices are like."""
+"""compare, report, ledger, study, fidelity, advise: what runs have shown, what choices are like."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def add(commands: Commands) -> None:
     )
     page.add_argument("--every", type=int, default=30, help="seconds between (default 30)")
     page.set_defaults(run=_report)
+
+    ledger = commands.add_parser("ledger", help="when a run trained which sample, and when not")
+    ledger.add_argument("run_dir")
+    ledger.add_argument("--sample", help="one of them: its id in picks.jsonl, or FILE:LINE")
+    ledger.add_argument("--export", metavar="FILE", help="every sample's entry, as JSON Lines")
+    ledger.set_defaults(run=_ledger)
 
     compass = commands.add_parser(
         "fidelity", help="how well selectors' gradients stand for all candidates'", epilog=OVERRIDES
@@ -94,6 +100,21 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
     else:
         page = report(folders, out)
     print(f"wrote {page}")
+
+
+def _ledger(options: argparse.Namespace, rest: list[str]) -> None:
+    from slap_ds import jsonl
+    from slap_ds.files import write_text
+    from slap_ds.report.ledger import Ledger
+
+    ledger = Ledger(Path(options.run_dir))
+    told = ledger.lines(ledger.find(options.sample)) if options.sample else ledger.summary()
+    for line in told:
+        print(line)
+    if options.export:
+        rows = (jsonl.dumps(entry.record()) + "\n" for entry in ledger.entries)
+        write_text(Path(options.export), "".join(rows))
+        print(f"wrote {options.export}")
 
 
 def _fidelity(options: argparse.Namespace, rest: list[str]) -> None:

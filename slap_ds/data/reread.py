@@ -7,15 +7,13 @@ stored sample with the row it was made of.
 from __future__ import annotations
 
 import itertools
-import json
-from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from slap_ds.data.encoding import Template, encode_talks
 from slap_ds.data.formats import Conversation, conversation_of
 from slap_ds.data.sources import Limits, Source, find_sources, read_rows
-from slap_ds.data.store import TokenStore, cut
+from slap_ds.data.store import Cut, TokenStore, cut
 
 BATCH_ROWS = 256
 
@@ -80,37 +78,28 @@ def reread_few(
     over_length: Literal["truncate", "drop"],
     limits: Limits,
 ) -> dict[int, Conversation]:
-    """Position -> conversation of a few samples; what lies far from them is not tokenised.
+    """Position -> conversation of a few samples; other rows are not tokenised.
 
     Raises:
         ValueError: the sources do not give these samples any more.
     """
-    with (store.folder / "rejects.jsonl").open(encoding="utf-8") as file:
-        rejected = {(row["file"], row["line"]) for row in map(json.loads, file)}
-    usable = (
-        conversation
-        for name, number, _, conversation in _usable(find_sources(paths), format, limits)
-        if (name, number) not in rejected
-    )
-    # Rows dropped for their length moved those after them forward, nobody knows which.
-    dropped = store.counts.dropped_too_long + store.counts.dropped_no_trained_tokens
-    places = sorted(wanted)
-    near = (
-        conversation
-        for row, conversation in enumerate(usable)
-        if (i := bisect_left(places, row - dropped)) < len(places) and places[i] <= row
-    )
-    by_content: dict[int, Conversation] = {}
-    while batch := list(itertools.islice(near, BATCH_ROWS)):
-        for conversation, result in zip(batch, encode_talks(template, batch), strict=True):
-            if not isinstance(result, ValueError):
-                sample = cut(result, max_tokens, over_length)
-                if not isinstance(sample, str):
-                    by_content[sample.content] = conversation
-    found = {i: by_content.get(int(store.content[i])) for i in places}
-    if None in found.values():
+    sources = find_sources(paths)
+    places = {(int(store.file[i]), int(store.line[i])): i for i in wanted}
+    near = [
+        (places[file, number], conversation)
+        for file in sorted({file for file, _ in places})
+        for _, number, _, conversation in _usable(sources[file : file + 1], format, limits)
+        if (file, number) in places
+    ]
+    found = {}
+    encoded = encode_talks(template, [conversation for _, conversation in near])
+    for (i, conversation), result in zip(near, encoded, strict=True):
+        sample = None if isinstance(result, ValueError) else cut(result, max_tokens, over_length)
+        if isinstance(sample, Cut) and sample.content == store.content[i]:
+            found[i] = conversation
+    if len(found) != len(places):
         raise ValueError("the files in data.train have changed since the run")
-    return {i: conversation for i, conversation in found.items() if conversation is not None}
+    return found
 
 
 def _usable(

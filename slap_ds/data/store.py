@@ -20,7 +20,7 @@ import os
 import secrets
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,7 @@ from slap_ds.files import sha256
 
 logger = logging.getLogger(__name__)
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 POSITION_BITS = 28
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1_000_000
@@ -50,6 +50,8 @@ COLUMNS = {
     "source": "<i4",
     "lang": "<i4",
 }
+# Where each sample came from; not part of the fingerprint, for files may be moved.
+ORIGIN = {"file": "<i4", "line": "<i8"}
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -73,6 +75,8 @@ class TokenStore:
         content: (n,) int64 >= 0, 63-bit hash of ids and mask: equal where samples are equal.
         sample_ids: (n,) int64 >= 0, 35 bits of `content` << 28 | position in the store.
         task, source, lang: (n,) int32 codes into `names["task"]`, ...
+        file, line: (n,) int32 number of the source, in their order from 0, and int64 number of the
+            row in it, as rejects.jsonl counts them: what a sample was made of.
         counts: what became of the rows.
 
     Raises ValueError where the folder holds no whole store.
@@ -92,7 +96,8 @@ class TokenStore:
             self.counts = Counts(**manifest["counts"])
             self._ids = _map(folder / "tokens.bin", manifest["token_type"])
             self._mask = _map(folder / "mask.bin", "?")
-            columns = {name: _map(folder / f"{name}.bin", kind) for name, kind in COLUMNS.items()}
+            kinds = {**COLUMNS, **ORIGIN}
+            columns = {name: _map(folder / f"{name}.bin", kind) for name, kind in kinds.items()}
             if not columns["lengths"].sum() == len(self._ids) == len(self._mask):
                 raise ValueError("the lengths do not add up to the tokens stored")
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -103,6 +108,8 @@ class TokenStore:
         self.task: Int32 = columns["task"]
         self.source: Int32 = columns["source"]
         self.lang: Int32 = columns["lang"]
+        self.file: Int32 = columns["file"]
+        self.line: Int64 = columns["line"]
         positions = np.arange(len(self.lengths), dtype=np.int64)
         self.sample_ids: Int64 = (self.content >> POSITION_BITS << POSITION_BITS) | positions
         self._ends: Int64 = np.cumsum(self.lengths)
@@ -165,7 +172,8 @@ def build_store(
                     place.set(f"{file}, line {line}")
 
                 rows = read_sources(sources, format, limits, note)
-                _write(temporary, rows, template, max_tokens, over_length, report, place)
+                numbers = {id(source): number for number, source in enumerate(sources)}
+                _write(temporary, rows, numbers, template, max_tokens, over_length, report, place)
 
             try:
                 guarded(build, progress)
@@ -287,16 +295,21 @@ def _batches(rows: Iterator[Located]) -> Iterator[list[Located]]:
 def _write(
     folder: Path,
     rows: Iterator[Located],
+    numbers: Mapping[int, int],
     template: Template,
     max_tokens: int,
     over_length: str,
     progress: Callable[[int], None],
     place: Place,
 ) -> None:
-    """Tokenise all rows into the files of a store."""
+    """Tokenise all rows into the files of a store.
+
+    Args:
+        numbers: of each source, by its identity.
+    """
     token_type = "<u2" if template.vocab_size <= 2**16 else "<u4"
     counts = Counts()
-    columns = {name: array("q") for name in COLUMNS}
+    columns = {name: array("q") for name in (*COLUMNS, *ORIGIN)}
     names: dict[str, dict[str, int]] = {label: {} for label in LABELS}
     with (
         (folder / "tokens.bin").open("wb") as token_file,
@@ -334,6 +347,8 @@ def _write(
                 for label in LABELS:
                     codes = names[label]
                     columns[label].append(codes.setdefault(getattr(row, label), len(codes)))
+                columns["file"].append(numbers[id(source)])
+                columns["line"].append(line)
                 counts.with_media += isinstance(row, Conversation) and row.media
                 counts.context_turns += result.context_turns
                 counts.truncated += len(result.ids) > max_tokens
@@ -344,7 +359,7 @@ def _write(
         raise ValueError(
             f"more than {2**POSITION_BITS:,} samples: sample ids have no room for them"
         )
-    for name, kind in COLUMNS.items():
+    for name, kind in {**COLUMNS, **ORIGIN}.items():
         np.array(columns[name], dtype=kind).tofile(folder / f"{name}.bin")
     content = [sha256(folder / f"{name}.bin") for name in ("tokens", "mask", *COLUMNS)]
     named = {label: list(codes) for label, codes in names.items()}

@@ -1,14 +1,9 @@
-"""What a run drew as candidates and what it kept, by task, source, language, script and length.
-
-The candidate stream is deterministic, so the candidates are drawn again from the run's config and
-the picks read from picks.jsonl; nothing about candidates has to be logged.
-"""
+"""What a run drew as candidates and what it kept, by task, source, language, script and length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +11,10 @@ import numpy.typing as npt
 import yaml
 
 from slap_ds.config.schema import Config
-from slap_ds.data.store import POSITION_BITS
 from slap_ds.jsonl import read_lines
+from slap_ds.report.draws import draws
 from slap_ds.train.evaluate import few_labels
-from slap_ds.train.inputs import Inputs, make_parts, read_inputs
+from slap_ds.train.inputs import Inputs, read_inputs
 
 Int64 = npt.NDArray[np.int64]
 MIN_DRAWS = 30
@@ -100,21 +95,11 @@ def cover(run_dir: Path, labels: Labels) -> Coverage:
         FileNotFoundError: no run there.
         ValueError: the data have changed since the run.
     """
-    config = run_config(run_dir)
     store = labels.inputs.train
-    picks = read_lines(run_dir / "picks.jsonl")
-    stream, _, _ = make_parts(config, store)
     drawn, kept = np.zeros(len(store), np.int64), np.zeros(len(store), np.int64)
-    for batch, record in zip(islice(stream, len(picks)), picks, strict=True):
-        ids = np.asarray(record["ids"], dtype=np.int64)
-        places = ids & ((1 << POSITION_BITS) - 1)
-        if not np.isin(places, batch).all() or (store.sample_ids[places] != ids).any():
-            raise ValueError(
-                f"{str(run_dir)!r} picked samples at step {record['step']} that its data do not "
-                "hold there: the files in data.train have changed since"
-            )
-        np.add.at(drawn, batch, 1)
-        np.add.at(kept, places, 1)
+    for draw in draws(run_dir, run_config(run_dir), store):
+        np.add.at(drawn, draw.candidates, 1)
+        np.add.at(kept, draw.picks, 1)
     if not drawn.any():
         raise ValueError(f"{str(run_dir)!r} holds no finished step yet")
     deciles = [

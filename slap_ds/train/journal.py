@@ -1,7 +1,8 @@
 """What a run leaves behind as it goes: its JSON Lines files, and a progress bar.
 
 metrics.jsonl        steps, evaluations, checkpoints, changed settings
-picks.jsonl          the sample ids trained at each step, and their weights
+picks.jsonl          the sample ids trained at each step, their weights, their losses where they
+                     were scored, and a hash of all that and of the line before (train/chain.py)
 starts.jsonl         when, on what and with which versions the run was started, and what it read
 quarantine.jsonl     samples that were left out, or blamed for a step that changed nothing
 eval_samples.jsonl   with evaluation.keep_losses: every sample's loss
@@ -23,6 +24,7 @@ import transformers
 
 from slap_ds import __version__
 from slap_ds.jsonl import JsonLines, read_lines
+from slap_ds.train.chain import KEY, chained, last_link
 from slap_ds.train.progress import Progress
 from slap_ds.train.record import StepRecord
 from slap_ds.train.run import Run
@@ -45,6 +47,8 @@ class Journal:
             names = ["metrics", "picks", "starts", "quarantine"]
             names += ["eval_samples"] if run.config.evaluation.keep_losses else []
             self._files = {n: JsonLines(run.run_dir / f"{n}.jsonl", first) for n in names}
+            picks = read_lines(run.run_dir / "picks.jsonl")
+            self._link = last_link(picks, run.inputs.train.fingerprint)
             # The time of earlier starts, up to the last thing that counts.
             last = read_lines(run.run_dir / "metrics.jsonl")[-1:]
             self._began -= sum(record.get("elapsed_s", 0.0) for record in last)
@@ -84,7 +88,9 @@ class Journal:
         """A step is done."""
         for broken in record.quarantine:
             self._write("quarantine", broken)
-        self._write("picks", record.picks)
+        if self.writes:
+            self._link = chained(self._link, record.picks)
+            self._write("picks", {**record.picks, KEY: self._link})
         self._write("metrics", record.metrics)
         if self._trackers is not None:
             self._trackers.step(record.metrics, record.picks["ids"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,12 +78,15 @@ def step_record(
     if (peak := peak_gib(run.engine.device)) is not None:
         metrics["peak_gib"] = peak
     metrics["total"] = _added(run.state.totals, metrics)
-    ids = batch.sample_ids[picks].tolist()
+    ids, losses = batch.sample_ids[picks].tolist(), {}
+    if scored is not None:
+        each = scored.loss[selection.picks].tolist()
+        losses["losses"] = [loss if math.isfinite(loss) else None for loss in each]
     broken = _broken_scores(batch, scored) + result.broken
     return StepRecord(
         metrics,
         selection,
-        {"step": plan.step, "ids": ids, "weights": selection.weights.tolist()},
+        {"step": plan.step, "ids": ids, "weights": selection.weights.tolist(), **losses},
         [{"step": plan.step, "id": number, "reason": reason} for number, reason in broken],
     )
 

@@ -95,6 +95,7 @@ def test_a_store_holds_what_the_template_gives(tmp_path: Path) -> None:
         "lang": ["en", "zh"],
     }
     assert (store.task.tolist(), store.source.tolist()) == ([0, 1, 0], [0, 1, 2])
+    assert (store.file.tolist(), store.line.tolist()) == ([0, 0, 0], [1, 2, 3])
     for array in (store.lengths, store.trained_tokens, store.content, store.sample_ids):
         assert array.dtype == np.int64
         assert (array >= 0).all()
