@@ -269,7 +269,7 @@ def test_one_rank_has_no_network_to_measure(monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     cli.main(["bench", "network", "--mib", "1"])
     text = capsys.readouterr().out
-    assert "one rank has nobody to send to" in text
+    assert "a single rank has no peer" in text
     assert "GB/s" not in text
 
 
