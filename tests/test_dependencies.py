@@ -84,3 +84,15 @@ def test_deepspeed_and_collectives_stay_in_their_packages():
             if module.startswith("torch.distributed"):
                 packages = ("compat", "distributed", "engine")
                 assert name in packages, f"{path} imports torch.distributed"
+
+
+def test_no_file_is_long():
+    """What takes more than 400 lines is two things."""
+    lengths = {
+        path.relative_to(PACKAGE.parent): len(path.read_text("utf-8").splitlines())
+        for folder in ("slap_ds", "csrc", "tests", "benchmarks", "examples")
+        for pattern in ("*.py", "*.cpp", "*.cu", "*.h", "*.sh")
+        for path in (PACKAGE.parent / folder).rglob(pattern)
+    }
+    assert len(lengths) > 300
+    assert {str(path): n for path, n in lengths.items() if n > 400} == {}

@@ -295,18 +295,14 @@ def _batches(rows: Iterator[Located]) -> Iterator[list[Located]]:
 def _write(
     folder: Path,
     rows: Iterator[Located],
-    numbers: Mapping[int, int],
+    numbers: Mapping[int, int],  # of each source, by its identity
     template: Template,
     max_tokens: int,
     over_length: str,
     progress: Callable[[int], None],
     place: Place,
 ) -> None:
-    """Tokenise all rows into the files of a store.
-
-    Args:
-        numbers: of each source, by its identity.
-    """
+    """Tokenise all rows into the files of a store."""
     token_type = "<u2" if template.vocab_size <= 2**16 else "<u4"
     counts = Counts()
     columns = {name: array("q") for name in (*COLUMNS, *ORIGIN)}
