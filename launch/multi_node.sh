@@ -23,10 +23,10 @@ echo "$ranks ranks, rank 0 on $first" >&2
 
 # Ranks on the other hosts would wait for a host that cannot be reached, until their time is up.
 lost=$(for host in $first $others; do
-  (ssh -o BatchMode=yes -o ConnectTimeout="$SSH_LOST_S" "$host" true 2>/dev/null || echo "$host") &
+  (ssh -o BatchMode=yes -o ConnectTimeout="$SSH_LOST_S" "$host" true 2>/dev/null || echo -n "$host ") &
 done; wait)
 if [ -n "$lost" ]; then
-  echo "slap-ds: error: no ssh without a password to" $lost "of $HOSTFILE: mend that, or take them" \
+  echo "slap-ds: error: no ssh without a password to ${lost}of $HOSTFILE: mend that, or take them" \
     "out; slap-ds doctor --hostfile $HOSTFILE says more" >&2
   exit 1
 fi
