@@ -44,6 +44,7 @@ class _Pending:
         dict[str, bytes] | None
     )  # rank 0's, as it was when saved; the trainer goes on changing it
     facts: Mapping[str, Any]
+    spared: int
     stall_s: float = 0.0
 
 
@@ -58,7 +59,6 @@ class Saver:
     run_dir: Path
     comm: Comm
     keep_last: int = 2
-    spared: int = 0  # the step of one that stays besides
     background: bool = False
     _pending: _Pending | None = None
     records: list[dict[str, Any]] = field(default_factory=list)  # of checkpoints made visible
@@ -69,7 +69,12 @@ class Saver:
         return self.run_dir / "checkpoints"
 
     def save(
-        self, step: int, engine: Engine, state: Mapping[str, Any], facts: Mapping[str, Any]
+        self,
+        step: int,
+        engine: Engine,
+        state: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        spared: int = 0,
     ) -> None:
         """Write the checkpoint after `step` steps.
 
@@ -77,6 +82,7 @@ class Saver:
             state: what the trainer needs to continue, nested mappings of JSON values and tensors;
                 rank 0's is written.
             facts: what must match on resume (data fingerprint and the like).
+            spared: the step of one that stays beside the `keep_last` newest.
 
         Raises:
             ValueError: no room, or a file cannot be written; the last good one is as it was.
@@ -89,7 +95,7 @@ class Saver:
         )
         writer = TensorWriter(self.background, self._progress)
         engine.save(temporary, writer)
-        self._pending = _Pending(step, writer, files, facts, time.perf_counter() - started)
+        self._pending = _Pending(step, writer, files, facts, spared, time.perf_counter() - started)
         if not self.background:
             self.wait()
 
@@ -206,8 +212,8 @@ class Saver:
         sync(self.root)
         # What is older goes once the new one is there, as a reader finds it.
         read(final)
-        found = [f for f in find(self.run_dir) if f.step < pending.step]
-        older = [f for f in found if f.step != self.spared]
+        others = [c for c in find(self.run_dir) if c.step != pending.spared]
+        older = [c for c in others if c.step < pending.step]
         for old in older[: max(0, len(older) + 1 - self.keep_last)]:
             gone = old.folder.with_name(f".tmp-{old.folder.name}")
             os.rename(old.folder, gone)

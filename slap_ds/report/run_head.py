@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slap_ds.config.schema import Config
-from slap_ds.distributed.heart import read_heartbeat
+from slap_ds.distributed.heart import DONE, read_heartbeat
 from slap_ds.errors import counted
 from slap_ds.jsonl import read_lines
 from slap_ds.report.coverage import run_config
@@ -156,6 +156,9 @@ def state(log: RunLog) -> str:
     done, steps = log.done, log.steps
     if steps is not None and done >= steps:
         return f"finished, {counted(done, 'step')}"
+    heart = read_heartbeat(log.folder / "heartbeat", 0)
+    if steps is not None and heart is not None and heart["exit"] == DONE:
+        return f"ended early (evaluation.patience), {done:,} of {steps:,} steps"
     of = f"{done:,} of {steps:,} steps" if steps is not None else counted(done, "step")
     return f"{'trains' if is_running(log.folder) else 'stopped'}, {of}"
 

@@ -60,7 +60,7 @@ class Journal:
             self._write("metrics", {"event": "settings", "step": first - 1, "changed": run.changed})
             for key, (was, now) in run.changed.items():
                 self.progress.note(f"continues from step {first} with {key} {now} (it was {was})")
-        if run.ended:
+        if run.ended_early:
             self.ended_early()
         elif first >= len(run.stream):
             self.progress.note(

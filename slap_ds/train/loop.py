@@ -42,7 +42,7 @@ def train(run: Run, callbacks: Sequence[Callable[[Mapping[str, Any]], object]] =
                 raise Preempted(
                     f"stopped and saved after {step + 1} steps; start again to continue"
                 )
-            if run.ended:
+            if run.ended_early:
                 journal.ended_early()
                 break
         run.saver.wait()
@@ -59,7 +59,7 @@ def run_due(run: Run, step: int, stop: bool, journal: Journal) -> bool:
     run.state.owes_evaluation = evaluates and stop
     better = evaluates and not stop and evaluated(run, step, journal)
     kept = run.config.checkpoint
-    ends = (last or run.ended) and kept.last
+    ends = (last or run.ended_early) and kept.last
     if ends or _due(step, kept.every) or stop or (kept.best and better):
         save(run, step + 1)
     if stop:
@@ -78,8 +78,6 @@ def evaluated(run: Run, step: int, journal: Journal) -> bool:
     if result:
         value = value_of(result, run.config.evaluation.metric)
         better = step >= 0 and run.state.best.note(step + 1, value)
-    if run.config.checkpoint.best:
-        run.saver.spared = run.state.best.step
     journal.evaluation(step, result)
     return better
 
@@ -110,7 +108,8 @@ def save(run: Run, step: int) -> None:
     config = run.config.model_dump(mode="json")
     digest = hashlib.sha256(jsonl.dumps(config).encode()).hexdigest()
     facts = {**run.facts, "config": config, "config_sha256": digest, "cursor": run.stream.cursor}
-    run.saver.save(step, run.engine, state, facts)
+    spared = run.state.best.step if run.config.checkpoint.best else 0
+    run.saver.save(step, run.engine, state, facts, spared)
 
 
 def _due(step: int, every: int) -> bool:

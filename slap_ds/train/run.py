@@ -88,9 +88,7 @@ class Run:
 
     def __post_init__(self) -> None:
         kept = self.config.checkpoint
-        self.saver = Saver(
-            self.run_dir, self.comm, keep_last=kept.keep_last, background=kept.background
-        )
+        self.saver = Saver(self.run_dir, self.comm, kept.keep_last, kept.background)
 
     @property
     def run_dir(self) -> Path:
@@ -114,13 +112,14 @@ class Run:
 
     def steps_left(self) -> range:
         """The steps that are not done; none after an early end."""
-        return range(self.state.step, self.state.step if self.ended else len(self.stream))
+        return range(self.state.step, self.state.step if self.ended_early else len(self.stream))
 
     @property
-    def ended(self) -> bool:
-        """Whether evaluations have not got better for so long that no further step is made."""
+    def ended_early(self) -> bool:
+        """Whether evaluations have not got better for so long that the steps left are not made."""
         patience = self.config.evaluation.patience
-        return patience > 0 and self.state.best.waited >= patience
+        left = self.state.step < len(self.stream)
+        return left and 0 < patience <= self.state.best.waited
 
     def step_done(self, step: int) -> None:
         """After the first one nobody waits for data or builds: the shorter time-out applies."""

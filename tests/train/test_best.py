@@ -5,9 +5,12 @@ from safetensors.torch import load_file
 
 from slap_ds.checkpoint.export import export
 from slap_ds.checkpoint.find import find
+from slap_ds.cli import main
+from slap_ds.config.file import write_config
 from slap_ds.config.schema import Config
 from slap_ds.engine.whole_state import whole_weights
 from slap_ds.jsonl import read_lines
+from slap_ds.report.run_head import read_log, state
 from slap_ds.train import loop
 from slap_ds.train.evaluate import value_of
 from tests.recipes import picks, run_config, tiny_config, tiny_model
@@ -72,6 +75,13 @@ def test_a_run_ends_after_so_many_evaluations_that_were_not_lower(path, tmp_path
     assert len(picks(tmp_path / "run")) == 10
 
 
+def test_a_report_says_that_a_run_ended_early(path, tmp_path, curve):
+    curve([9.0, 5.0, 6.0, 7.0])
+    write_config(config(path, tmp_path / "run", evaluation={"patience": 2}), tmp_path / "run.yaml")
+    main(["train", str(tmp_path / "run.yaml")])
+    assert state(read_log(tmp_path / "run")) == "ended early (evaluation.patience), 6 of 10 steps"
+
+
 def test_a_stopped_run_remembers_its_best(path, tmp_path, curve):
     """Evaluations after steps 2, 4 ... 10; the run is stopped in the sixth step and goes on."""
     import slap_ds
@@ -86,6 +96,23 @@ def test_a_stopped_run_remembers_its_best(path, tmp_path, curve):
     second = slap_ds.train(settings)  # the evaluation that the first one owed is the second miss
     assert (second.finished, second.steps) == (True, 6)
     assert steps(tmp_path / "run") == [2, 6]
+
+
+def test_a_continued_run_does_not_let_its_best_checkpoint_go(path, tmp_path, curve):
+    """It saves before it evaluates for the first time."""
+    curve([9.0, 3.0, 4.0, 5.0])
+    run_config(config(path, tmp_path / "run", steps=6, checkpoint={"best": True}))
+    assert steps(tmp_path / "run") == [2, 6]
+    curve([4.5])
+    run_config(config(path, tmp_path / "run", steps=8, checkpoint={"best": True, "every": 7}))
+    assert steps(tmp_path / "run") == [2, 8]
+
+
+def test_a_run_whose_steps_are_all_done_has_not_ended_early(path, tmp_path, curve, capfd):
+    curve([9.0, 3.0, 4.0, 5.0])
+    run_config(config(path, tmp_path / "run", steps=6, evaluation={"patience": 2}))
+    assert steps(tmp_path / "run") == [6]
+    assert "ends early" not in capfd.readouterr().err
 
 
 def test_what_the_metric_names(path, tmp_path):
