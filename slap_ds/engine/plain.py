@@ -17,7 +17,7 @@ from slap_ds.engine.base import MOMENTS, Engine, load_lm, make_optimizer, prepar
 from slap_ds.engine.tensor_files import TensorWriter, read_tensors
 from slap_ds.engine.whole_state import open_whole
 from slap_ds.models.causal import PackedCausalLM, count_parameters, trainable
-from slap_ds.models.experts import active_parameters
+from slap_ds.models.experts import RouterBalance, active_parameters
 from slap_ds.scoring import ScoreRequest
 
 
@@ -32,6 +32,7 @@ class TorchEngine(Engine):
         inputs = prepare_blocks(config, lm)
         chunk = config.scoring.chunk_on(self.device.type)
         self.model = PackedCausalLM(lm, chunk, inputs).train()
+        self.model.balance = RouterBalance.of(lm)
         self.hidden_size = model_config.get_text_config().hidden_size
         self.parameters, self.active_parameters = count_parameters(lm), active_parameters(lm)
         self.config = config

@@ -38,7 +38,7 @@ from slap_ds.engine.tensor_files import TensorWriter, read_tensors
 from slap_ds.engine.whole_state import Key, WholeState, open_whole
 from slap_ds.models.blocks import find_blocks
 from slap_ds.models.causal import PackedCausalLM, count_parameters, trainable
-from slap_ds.models.experts import active_parameters
+from slap_ds.models.experts import RouterBalance, active_parameters
 from slap_ds.scoring import ScoreRequest, Scores
 
 
@@ -85,6 +85,7 @@ class DeepSpeedEngine(Engine):
             inputs.held = stay_gathered
         chunk = config.scoring.chunk_on(get_accelerator().device_name())
         self.model = PackedCausalLM(lm, chunk, inputs)
+        self.model.balance = RouterBalance.of(lm)
         self.parameters, self.active_parameters = count_parameters(lm), active_parameters(lm)
         offload = settings["zero_optimization"].get("offload_optimizer") or {}
         on_host = get_accelerator().device_name() == "cpu" or offload.get("device") == "cpu"

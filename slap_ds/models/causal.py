@@ -84,7 +84,7 @@ class PackedCausalLM(nn.Module):
         self.lm = lm
         self.chunk_tokens = chunk_tokens
         self.block_inputs = block_inputs
-        self.balance = RouterBalance.of(lm)
+        self.balance: RouterBalance | None = None  # set by the engine that trains
         # Some classes name another attribute as their base, and transformers then gives the whole.
         base = lm.base_model if lm.base_model is not lm else getattr(lm, "model", None)
         if base is None:

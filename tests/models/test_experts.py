@@ -5,7 +5,7 @@ import torch
 
 from slap_ds.data.packing import Candidate, make_row
 from slap_ds.models.causal import PackedCausalLM, count_parameters, enable_checkpointing
-from slap_ds.models.experts import active_parameters
+from slap_ds.models.experts import RouterBalance, active_parameters
 from slap_ds.models.load import load_config, load_model
 from slap_ds.models.reuse import install
 from slap_ds.scoring import ScoreRequest
@@ -34,6 +34,13 @@ def small(kind, **changes):
 
 def balanced(kind, **changes):
     return small(kind, output_router_logits=True, router_aux_loss_coef=COEFFICIENT, **changes)
+
+
+def packed(lm, inputs=None):
+    """As the engines make it."""
+    model = PackedCausalLM(lm, 8, inputs)
+    model.balance = RouterBalance.of(lm)
+    return model
 
 
 def samples(lengths=(9, 5, 13)):
@@ -74,7 +81,7 @@ def test_gradients_are_those_of_transformers(kind, checkpointed):
     lm = balanced(kind).train()
     if checkpointed:
         enable_checkpointing(lm)
-    (PackedCausalLM(lm, 8)(make_row(samples()), "train") / 10).backward()
+    (packed(lm)(make_row(samples()), "train") / 10).backward()
     same_gradients(lm, by_transformers(kind))
 
 
@@ -82,7 +89,7 @@ def test_gradients_are_those_of_transformers(kind, checkpointed):
 def test_replayed_rows_have_the_same_gradients(kind):
     lm = balanced(kind).train()
     inputs = install(lm)
-    model = PackedCausalLM(lm, 8, inputs)
+    model = packed(lm, inputs)
     inputs.start_scoring()
     with torch.no_grad():
         for row in (make_row(samples()[:2]), make_row(samples()[2:])):
@@ -95,10 +102,10 @@ def test_replayed_rows_have_the_same_gradients(kind):
 
 def test_no_balance_loss_is_trained_that_was_not_asked_for():
     lm = small("mixtral", router_aux_loss_coef=COEFFICIENT)
-    assert PackedCausalLM(lm, 8).balance is None
+    assert packed(lm).balance is None
     plain, rows = balanced("mixtral").train(), make_row(samples())
     for each in (lm, plain):
-        (PackedCausalLM(each.train(), 8)(rows, "train") / 10).backward()
+        (packed(each.train())(rows, "train") / 10).backward()
     gates = [each.model.layers[0].mlp.gate.weight.grad for each in (lm, plain)]
     assert (gates[0] - gates[1]).norm() > 0.01 * gates[0].norm()
 
@@ -107,7 +114,7 @@ def test_routers_that_the_model_does_not_show_are_refused(monkeypatch):
     lm = balanced("mixtral")
     monkeypatch.setattr(type(lm), "_can_record_outputs", {})
     with pytest.raises(ValueError, match="MixtralForCausalLM does not say how its routers' "):
-        PackedCausalLM(lm, 8)
+        packed(lm)
 
 
 def test_router_noise_is_refused_for_reuse():
