@@ -23,8 +23,7 @@ import torch
 
 from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
-from slap_ds.data.reread import Origin, reread
-from slap_ds.data.sources import Limits
+from slap_ds.data.reread import Origin, Rules, reread
 from slap_ds.data.store import POSITION_BITS, TokenStore
 from slap_ds.data.templates import make_template
 from slap_ds.distributed.comm import Comm
@@ -203,16 +202,8 @@ def _position(store: TokenStore, sample_id: int, path: Path) -> int:
 
 
 def _origins(config: Config, inputs: Inputs) -> Iterator[Origin]:
-    data = config.data
-    return reread(
-        inputs.train,
-        data.train,
-        format=data.format,
-        template=make_template(data.template, inputs.tokenizer),
-        max_tokens=data.max_tokens,
-        over_length=data.over_length,
-        limits=Limits(data.max_row_bytes, data.max_depth),
-    )
+    rules = Rules.of(config.data, make_template(config.data.template, inputs.tokenizer))
+    return reread(inputs.train, config.data.train, rules)
 
 
 def _write(

@@ -17,7 +17,7 @@ import yaml
 from slap_ds import curate as curate_module
 from slap_ds.cli import main
 from slap_ds.curate import curate
-from slap_ds.data.reread import reread
+from slap_ds.data.reread import Rules, reread
 from slap_ds.data.sources import Limits
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
@@ -199,9 +199,8 @@ def test_the_file_is_training_data_again(model, tmp_path, data):
 def test_sources_that_change_meanwhile_are_noticed(change, model, tmp_path, data):
     config, _ = make(model, tmp_path, data)
     inputs = read_inputs(config)
-    template = make_template("auto", inputs.tokenizer)
-    settings = {"format": "auto", "template": template, "max_tokens": 256, "limits": Limits()}
-    rows = reread(inputs.train, [str(data)], **settings, over_length="truncate")
+    rules = Rules("auto", make_template("auto", inputs.tokenizer), 256, "truncate", Limits())
+    rows = reread(inputs.train, [str(data)], rules)
     assert [origin.position for origin in rows] == list(range(100))
     lines = data.read_text("utf-8").split("\n")[:-1]
     if change == "another text":
@@ -212,7 +211,7 @@ def test_sources_that_change_meanwhile_are_noticed(change, model, tmp_path, data
         lines.append(lines[0])
     data.write_text("\n".join(lines) + "\n", "utf-8")
     with pytest.raises(ValueError, match="changed"):
-        list(reread(inputs.train, [str(data)], **settings, over_length="truncate"))
+        list(reread(inputs.train, [str(data)], rules))
 
 
 def test_parquet_rows_keep_their_fields(model, tmp_path):

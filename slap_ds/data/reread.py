@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from slap_ds.data.encoding import Template, encode_talks
+from slap_ds.config.schema import DataConfig
+from slap_ds.data.encoding import Encoded, Template, encode_talks
 from slap_ds.data.formats import Conversation, conversation_of
 from slap_ds.data.sources import Limits, Source, find_sources, read_rows
 from slap_ds.data.store import Cut, TokenStore, cut
@@ -26,32 +28,46 @@ class Origin(NamedTuple):
     conversation: Conversation
 
 
-def reread(
-    store: TokenStore,
-    paths: Sequence[str],
-    *,
-    format: str,
-    template: Template,
-    max_tokens: int,
-    over_length: Literal["truncate", "drop"],
-    limits: Limits,
-) -> Iterator[Origin]:
+@dataclass(frozen=True)
+class Rules:
+    """How rows became samples: what `build_store` was given beside the paths."""
+
+    format: str
+    template: Template
+    max_tokens: int
+    over_length: Literal["truncate", "drop"]
+    limits: Limits
+
+    @classmethod
+    def of(cls, data: DataConfig, template: Template) -> Rules:
+        """Those of a run."""
+        limits = Limits(data.max_row_bytes, data.max_depth)
+        return cls(data.format, template, data.max_tokens, data.over_length, limits)
+
+    def sample(self, encoded: Encoded | ValueError) -> Cut | None:
+        """What is stored of an encoded conversation, if anything is."""
+        if isinstance(encoded, ValueError):
+            return None
+        found = cut(encoded, self.max_tokens, self.over_length)
+        return None if isinstance(found, str) else found
+
+
+def reread(store: TokenStore, paths: Sequence[str], rules: Rules) -> Iterator[Origin]:
     """Every sample of the store with its row, in the store's order.
 
-    The arguments are those that `build_store` made the store with.
+    Args:
+        rules: those that the store was made by.
 
     Raises:
         ValueError: the sources do not give the store's samples any more.
     """
     index = 0
-    rows = _usable(find_sources(paths), format, limits)
+    rows = _usable(find_sources(paths), rules)
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        encoded = encode_talks(template, [conversation for *_, conversation in batch])
+        encoded = encode_talks(rules.template, [conversation for *_, conversation in batch])
         for (where, number, row, conversation), result in zip(batch, encoded, strict=True):
-            if isinstance(result, ValueError):
-                continue
-            sample = cut(result, max_tokens, over_length)
-            if isinstance(sample, str):
+            sample = rules.sample(result)
+            if sample is None:
                 continue
             if index >= len(store) or sample.content != store.content[index]:
                 raise ValueError(
@@ -68,15 +84,7 @@ def reread(
 
 
 def reread_few(
-    store: TokenStore,
-    wanted: Collection[int],
-    paths: Sequence[str],
-    *,
-    format: str,
-    template: Template,
-    max_tokens: int,
-    over_length: Literal["truncate", "drop"],
-    limits: Limits,
+    store: TokenStore, wanted: Collection[int], paths: Sequence[str], rules: Rules
 ) -> dict[int, Conversation]:
     """Position -> conversation of a few samples; other rows are not tokenised.
 
@@ -88,14 +96,14 @@ def reread_few(
     near = [
         (places[file, number], conversation)
         for file in sorted({file for file, _ in places})
-        for _, number, _, conversation in _usable(sources[file : file + 1], format, limits)
+        for _, number, _, conversation in _usable(sources[file : file + 1], rules)
         if (file, number) in places
     ]
     found = {}
-    encoded = encode_talks(template, [conversation for _, conversation in near])
+    encoded = encode_talks(rules.template, [conversation for _, conversation in near])
     for (i, conversation), result in zip(near, encoded, strict=True):
-        sample = None if isinstance(result, ValueError) else cut(result, max_tokens, over_length)
-        if isinstance(sample, Cut) and sample.content == store.content[i]:
+        sample = rules.sample(result)
+        if sample is not None and sample.content == store.content[i]:
             found[i] = conversation
     if len(found) != len(places):
         raise ValueError("the files in data.train have changed since the run")
@@ -103,14 +111,14 @@ def reread_few(
 
 
 def _usable(
-    sources: Sequence[Source], format: str, limits: Limits
+    sources: Sequence[Source], rules: Rules
 ) -> Iterator[tuple[str, int, Mapping[str, Any], Conversation]]:
     for source in sources:
-        for number, row in read_rows(source, limits):
+        for number, row in read_rows(source, rules.limits):
             try:
                 if isinstance(row, ValueError):
                     continue
-                found = conversation_of(row, format, limits)
+                found = conversation_of(row, rules.format, rules.limits)
                 yield source.name, number, row, found
             except ValueError:  # the store's builder wrote it to rejects.jsonl
                 continue

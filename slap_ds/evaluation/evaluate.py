@@ -25,8 +25,7 @@ from rich.progress import track
 from slap_ds.data.encoding import Template
 from slap_ds.data.formats import Message
 from slap_ds.data.packing import Positions
-from slap_ds.data.reread import reread
-from slap_ds.data.sources import Limits
+from slap_ds.data.reread import Rules, reread
 from slap_ds.data.store import TokenStore
 from slap_ds.data.templates import make_template
 from slap_ds.distributed.comm import Comm
@@ -214,15 +213,7 @@ def _questions(
     data = subject.config.data
     chosen = set(_subset(store, how).tolist())
     found, too_long = [], 0
-    for origin in reread(
-        store,
-        data.train,
-        format=data.format,
-        template=template,
-        max_tokens=data.max_tokens,
-        over_length=data.over_length,
-        limits=Limits(data.max_row_bytes, data.max_depth),
-    ):
+    for origin in reread(store, data.train, Rules.of(data, template)):
         if origin.position not in chosen:
             continue
         messages = origin.conversation.messages

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from slap_ds.config.schema import Config
-from slap_ds.data.reread import reread_few
-from slap_ds.data.sources import Limits
+from slap_ds.data.reread import Rules, reread_few
 from slap_ds.data.templates import make_template
 from slap_ds.report.coverage import Coverage, Int64
 from slap_ds.report.page import conversation, heading, paragraph
@@ -24,17 +23,9 @@ def conversations(config: Config, inputs: Inputs, covered: Coverage) -> list[str
         FileNotFoundError, ValueError: the data can no longer be read.
     """
     chosen = choose(inputs, covered)
-    data = config.data
-    found = reread_few(
-        inputs.train,
-        [i for places in chosen.values() for i in places],
-        data.train,
-        format=data.format,
-        template=make_template(data.template, inputs.tokenizer),
-        max_tokens=data.max_tokens,
-        over_length=data.over_length,
-        limits=Limits(data.max_row_bytes, data.max_depth),
-    )
+    rules = Rules.of(config.data, make_template(config.data.template, inputs.tokenizer))
+    wanted = [i for places in chosen.values() for i in places]
+    found = reread_few(inputs.train, wanted, config.data.train, rules)
     parts = [heading("Conversations")]
     for kind, places in chosen.items():
         parts.append(heading(kind, 3))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from slap_ds.data.formats import Conversation
-from slap_ds.data.reread import reread_few
-from slap_ds.data.sources import Limits, find_sources
+from slap_ds.data.reread import Rules, reread_few
+from slap_ds.data.sources import find_sources
 from slap_ds.data.store import POSITION_BITS
 from slap_ds.data.templates import make_template
 from slap_ds.jsonl import read_lines
@@ -99,16 +99,8 @@ class Ledger:
         """
         data = self.config.data
         place = entry.id & ((1 << POSITION_BITS) - 1)
-        return reread_few(
-            self._inputs.train,
-            [place],
-            data.train,
-            format=data.format,
-            template=make_template(data.template, self._inputs.tokenizer),
-            max_tokens=data.max_tokens,
-            over_length=data.over_length,
-            limits=Limits(data.max_row_bytes, data.max_depth),
-        )[place]
+        rules = Rules.of(data, make_template(data.template, self._inputs.tokenizer))
+        return reread_few(self._inputs.train, [place], data.train, rules)[place]
 
     def lines(self, entry: Entry) -> Iterator[str]:
         """The entry for a terminal."""

@@ -14,7 +14,7 @@ import torch
 from slap_ds.checkpoint import find as checkpoints
 from slap_ds.config.schema import Config
 from slap_ds.data.kept_tokenizer import check_tokenizer
-from slap_ds.data.sources import Limits
+from slap_ds.data.reread import Rules
 from slap_ds.data.store import TokenStore, build_store
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
@@ -62,18 +62,13 @@ def read_inputs(
     run_dir = Path(config.run_dir)
 
     def store(paths: list[str], rejects: str) -> TokenStore:
-        data = config.data
         return build_store(
             paths,
-            format=data.format,
-            template=template,
-            max_tokens=data.max_tokens,
-            over_length=data.over_length,
+            **vars(Rules.of(config.data, template)),
             cache_dir=_cache_dir(config),
-            max_reject_share=data.max_reject_share,
+            max_reject_share=config.data.max_reject_share,
             rejects_path=run_dir / rejects if write_rejects else None,
             progress=progress,
-            limits=Limits(data.max_row_bytes, data.max_depth),
         )
 
     train = store(config.data.train, "rejects.jsonl")

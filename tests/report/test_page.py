@@ -8,8 +8,7 @@ import time
 import pytest
 
 from slap_ds.cli import main
-from slap_ds.data.reread import reread_few
-from slap_ds.data.sources import Limits
+from slap_ds.data.reread import Rules, reread_few
 from slap_ds.data.templates import make_template
 from slap_ds.jsonl import read_lines
 from slap_ds.report.build import report, watch
@@ -121,14 +120,8 @@ def test_few_rows_are_found_past_rejects_and_dropped_ones(runs):
     _, config = runs
     inputs = read_inputs(config, write_rejects=False)
     assert len(inputs.train) == ANSWERS - 2
-    how = {
-        "format": "auto",
-        "template": make_template("auto", inputs.tokenizer),
-        "max_tokens": config.data.max_tokens,
-        "over_length": "truncate",
-        "limits": Limits(config.data.max_row_bytes, config.data.max_depth),
-    }
-    found = reread_few(inputs.train, [0, 2, 3, 4, 37], config.data.train, **how)
+    rules = Rules.of(config.data, make_template("auto", inputs.tokenizer))
+    found = reread_few(inputs.train, [0, 2, 3, 4, 37], config.data.train, rules)
     questions = {i: int(talk.messages[1].content.split()[1]) for i, talk in found.items()}
     assert questions == {0: 0, 2: 2, 3: 4, 4: 6, 37: 39}
 
