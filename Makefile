@@ -45,8 +45,8 @@ demo-smollm2: install
 	examples/demo_smollm2.sh $(RANKS)
 
 test: install-test lint
-	$(BIN)/python -m pytest -m "not slow and not gpu and not nodes and not faults" \
-	  tests
+	$(BIN)/python -m pytest -n $(shell nproc) --maxprocesses 8 --dist loadfile \
+	  -m "not slow and not gpu and not nodes and not faults" tests
 
 test-newest test-floor: test-%: install-test
 	$(BIN)/python -m tests.lanes $*

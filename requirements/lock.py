@@ -37,8 +37,8 @@ def main() -> None:
     files = {
         "build.txt": ("what builds packages from source", BUILD, run),
         "run.txt": ("what training needs, beside torch", run.keys() - {*BUILD}, run),
-        "test.txt": ("what the tests need beyond run.txt", everything.keys() - run, everything),
-        "docs.txt": ("what `make site` needs beyond run.txt", docs.keys() - run, docs),
+        "test.txt": ("what the tests need beyond run.txt", beyond(everything, run), everything),
+        "docs.txt": ("what `make site` needs beyond run.txt", beyond(docs, run), docs),
     }
     for file, (title, names, found) in files.items():
         entries = [entry for name in sorted(names) for entry in found[name]]
@@ -46,6 +46,11 @@ def main() -> None:
             raise SystemExit(f"{file} would name a host: uv was told to write addresses")
         (HERE / file).write_text(HEAD.format(title) + "".join(entries))
         print(f"requirements/{file}: {len(names)} packages")
+
+
+def beyond(found: dict[str, list[str]], run: dict[str, list[str]]) -> set[str]:
+    """What run.txt lacks, or holds for fewer Pythons: six, needed by all tests, by few runs."""
+    return {name for name, entries in found.items() if entries != run.get(name)}
 
 
 def resolve(scratch: str, extras: list[str], constraints: Path) -> dict[str, list[str]]:
