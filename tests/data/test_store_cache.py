@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import slap_ds.data.store as store_module
-from slap_ds.data.store import TokenStore, build_store
+from slap_ds.data.build import build_store
+from slap_ds.data.store import TokenStore
 from slap_ds.data.templates import make_template
 from tests.data.test_store import ROWS, TEMPLATE, Broken, build, row, write
 from tests.small_tokenizers import (
