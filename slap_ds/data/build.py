@@ -146,10 +146,12 @@ def _build(
                     writer.add(Part.unpack(part))
                     progress(writer.written.counts.rows)
             writer.finish()
-        finally:
-            writer.close()
+        except BaseException:
             if not writer.kept:
                 shutil.rmtree(building)
+            raise
+        finally:
+            writer.close()
         return _publish(building, folder)
 
 

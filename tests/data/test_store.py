@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slap_ds.data.build import build_store
+from slap_ds.data.counts import Counts
 from slap_ds.data.encoding import Encoded, Template
 from slap_ds.data.formats import Message
-from slap_ds.data.store import Counts, TokenStore, build_store
+from slap_ds.data.store import TokenStore
 from slap_ds.data.templates import make_template
 from tests.small_tokenizers import (
     CHATML,
