@@ -1,6 +1,7 @@
 """The token store: what it holds, what it leaves out, and that its cache can be trusted."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ def write(path: Path, rows: Sequence[object]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{json.dumps(r)}\n" for r in rows), "utf-8")
     return str(path)
+
+
+def listed(cache: Path) -> list[str]:
+    """What is in the cache, beside the hashes of old files."""
+    return sorted(set(os.listdir(cache)) - {"hashes.jsonl"})
 
 
 def build(path: str, cache: Path, **changes: Any) -> TokenStore:

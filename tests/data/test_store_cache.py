@@ -16,7 +16,7 @@ from slap_ds.data import parts as parts_module
 from slap_ds.data.build import build_store
 from slap_ds.data.store import TokenStore
 from slap_ds.data.templates import make_template
-from tests.data.test_store import ROWS, TEMPLATE, Broken, build, row, write
+from tests.data.test_store import ROWS, TEMPLATE, Broken, build, listed, row, write
 from tests.small_tokenizers import (
     CHATML,
     DATA_DIR,
@@ -94,7 +94,7 @@ def test_a_damaged_store_is_built_again_and_says_so(
         again = build(path, tmp_path / "cache")
     assert "damaged and will be rebuilt" in caplog.text
     assert (again.fingerprint, again[1].ids.tolist()) == (fingerprint, ids)
-    assert os.listdir(tmp_path / "cache") == [again.folder.name]
+    assert listed(tmp_path / "cache") == [again.folder.name]
     caplog.clear()
     build(path, tmp_path / "cache", template=Broken(0))
     assert not caplog.text
@@ -111,7 +111,7 @@ def test_an_error_while_building_leaves_nothing_behind(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", ROWS * 400)
     with pytest.raises(RuntimeError, match="tokenised"):
         build(path, tmp_path / "cache", template=Broken(1))
-    assert os.listdir(tmp_path / "cache") == []
+    assert listed(tmp_path / "cache") == []
     assert len(build(path, tmp_path / "cache")) == 1200
 
 
@@ -131,11 +131,11 @@ def test_a_process_killed_while_building_leaves_no_half_store(tmp_path: Path) ->
         [sys.executable, "-c", KILLED, path, str(cache)], cwd=root, timeout=120, check=False
     )
     assert result.returncode == -signal.SIGKILL
-    (left,) = os.listdir(cache)
+    (left,) = listed(cache)
     assert left.startswith(".building-")
     store = build(path, cache)
     assert len(store) == 1200
-    assert os.listdir(cache) == [store.folder.name]
+    assert listed(cache) == [store.folder.name]
 
 
 THREADED = """

@@ -17,7 +17,7 @@ import pytest
 from slap_ds.data import rows, sources
 from slap_ds.data.guard import AHEAD, Child, in_order
 from slap_ds.data.sources import Limits
-from tests.data.test_store import build, row, write
+from tests.data.test_store import build, listed, row, write
 
 pytestmark = pytest.mark.fault_row(17)
 GOOD = json.dumps(row("a question", "an answer")).encode()
@@ -109,7 +109,7 @@ def test_a_row_that_kills_the_parser_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"died \(SIGSEGV\) at .*data.jsonl, line 7:") as told:
         build(path, tmp_path / "cache")
     assert "\n" not in str(told.value)
-    assert os.listdir(tmp_path / "cache") == []
+    assert listed(tmp_path / "cache") == []
     monkeypatch.undo()
     assert len(build(path, tmp_path / "cache")) == 9
 
