@@ -125,8 +125,8 @@ def pack(candidates: Sequence[Candidate], row_tokens: int) -> list[PackedRow]:
     order = sorted(candidates, key=lambda c: (-len(c.ids), c.position))
     if order and len(order[0].ids) > row_tokens:
         raise ValueError(
-            f"a sample of {len(order[0].ids)} tokens does not fit into a row of {row_tokens}: raise "
-            "batch.micro_batch_tokens or lower data.max_tokens"
+            f"a sample of {len(order[0].ids)} tokens does not fit into a row of {row_tokens}: "
+            "raise batch.micro_batch_tokens or lower data.max_tokens"
         )
     slots = _first_fit([len(candidate.ids) for candidate in order], row_tokens)
     rows: list[list[Candidate]] = [[] for _ in range(max(slots, default=-1) + 1)]
