@@ -4,7 +4,7 @@
     python benchmarks/bench_store.py --rows 1000000 --make rows      # only writes rows/*.jsonl
 
 Rows are questions and answers of random words, some 300 bytes each; the tokenizer is the demo's.
-Every start is a process of its own. `peak_pss_mib` is the memory of all its processes, shared pages
+Every start is a process of its own; `cpu_s` are the seconds of all cores. `peak_pss_mib` is the memory of all its processes, shared pages
 counted once; `peak_rss_mib` that of the largest.
 """
 
@@ -81,7 +81,7 @@ def start(options: argparse.Namespace) -> None:
     """What a run does with its data when it starts; prints what it took."""
     data, cache = options.start
     template = make_template(options.template, load_tokenizer("builtin:demo"))
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     store = build_store(
         [str(data)],
         format="auto",
@@ -93,11 +93,14 @@ def start(options: argparse.Namespace) -> None:
     )
     built = time.perf_counter()
     next(CandidateStream(len(store), 1024, 0, steps=1))
+    first = time.perf_counter()
+    cpu_s = [os.times().children_user + os.times().children_system, time.process_time() - cpu]
     print(
         json.dumps(
             {
                 "store_s": built - began,
-                "first_batch_s": time.perf_counter() - built,
+                "cpu_s": sum(cpu_s),
+                "first_batch_s": first - built,
                 "samples": len(store),
                 "tokens": store.counts.tokens,
                 "fingerprint": store.fingerprint,
