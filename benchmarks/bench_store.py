@@ -4,8 +4,8 @@
     python benchmarks/bench_store.py --rows 1000000 --make rows      # only writes rows/*.jsonl
 
 Rows are questions and answers of random words, some 300 bytes each; the tokenizer is the demo's.
-Every start is a process of its own; `cpu_s` are the seconds of all cores. `peak_pss_mib` is the memory of all its processes, shared pages
-counted once; `peak_rss_mib` that of the largest.
+Every start is a process of its own; `cpu_s` are the seconds of all cores. `peak_pss_mib` is the
+memory of all its processes, shared pages counted once; `peak_rss_mib` that of the first of them.
 """
 
 from __future__ import annotations
