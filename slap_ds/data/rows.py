@@ -186,7 +186,8 @@ def _tables(batches: Iterator[Any]) -> Iterator[tuple[int, Raw]]:
 
     number = 1
     for batch in batches:
-        yield number, Table(batch if isinstance(batch, pa.Table) else pa.table(batch))
+        whole = isinstance(batch, pa.Table)
+        yield number, Table(batch if whole else pa.Table.from_batches([batch]))
         number += len(batch)
 
 
