@@ -102,8 +102,9 @@ def in_order(
 ) -> Generator[bytes, None, None]:
     """`encode` of every chunk that `read` gives, in its order.
 
-    One child reads and as many as `workers` encode; a single worker reads as well. All of them are
-    gone when this ends, is closed, or raises what `Child.receive` does.
+    One child reads and as many as `workers` encode; a single worker reads as well. Processes, not
+    the tokenizer's own threads: more than half of a row's time is Python's. All of them are gone
+    when this ends, is closed, or raises what `Child.receive` does.
     """
     queue, room = _FORK.SimpleQueue(), _FORK.Semaphore(AHEAD * workers)
 
