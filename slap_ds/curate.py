@@ -23,7 +23,8 @@ import torch
 
 from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
-from slap_ds.data.reread import Origin, Rules, reread
+from slap_ds.data.reread import Origin, reread
+from slap_ds.data.samples import Rules
 from slap_ds.data.store import POSITION_BITS, TokenStore
 from slap_ds.data.templates import make_template
 from slap_ds.distributed.comm import Comm

@@ -17,7 +17,8 @@ import yaml
 from slap_ds import curate as curate_module
 from slap_ds.cli import main
 from slap_ds.curate import curate
-from slap_ds.data.reread import Rules, reread
+from slap_ds.data.reread import reread
+from slap_ds.data.samples import Rules
 from slap_ds.data.sources import Limits
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template

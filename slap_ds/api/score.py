@@ -13,7 +13,7 @@ from slap_ds.config.file import validated
 from slap_ds.config.schema import ScoringConfig
 from slap_ds.data.collated import samples_of
 from slap_ds.data.packing import make_row
-from slap_ds.data.store import content_hash
+from slap_ds.data.samples import content_hash
 from slap_ds.engine.hosted import HostedEngine
 from slap_ds.scoring import Scorer, ScoringPlan
 from slap_ds.selection import ScoredBatch

@@ -141,17 +141,16 @@ class Template(ABC):
 
     def _marked(self, batch: Sequence[Written]) -> list[Encoded | ValueError]:
         """Each text encoded as a whole, special tokens in it recognised, its spans trained."""
-        heads = [[self._head(w.text, begin) for begin, _ in w.spans] for w in batch]
+        marks = [list(self._special.finditer(written.text)) for written in batch]
+        heads = [
+            [_head(w.text, m, begin) for begin, _ in w.spans]
+            for w, m in zip(batch, marks, strict=True)
+        ]
         self._remember(head for row in heads for _, head in row)
         texts = dict.fromkeys(written.text for written in batch)
         ids_of = self._tokenise(texts, as_text=False)
-        return [self._mark(w, h, ids_of[w.text]) for w, h in zip(batch, heads, strict=True)]
-
-    def _head(self, text: str, begin: int) -> tuple[int, str]:
-        """What stands directly before an answer: how many special tokens come before it, and the
-        text from the last of them on."""
-        found = list(self._special.finditer(text, 0, begin))
-        return len(found), text[found[-1].start() : begin] if found else text[:begin]
+        rows = zip(batch, marks, heads, strict=True)
+        return [self._mark(w, m, h, ids_of[w.text]) for w, m, h in rows]
 
     def _remember(self, heads: Iterable[str]) -> None:
         new = {head: None for head in heads if head not in self._headers}
@@ -160,9 +159,12 @@ class Template(ABC):
         self._headers |= self._tokenise(new, as_text=False)
 
     def _mark(
-        self, written: Written, heads: Sequence[tuple[int, str]], ids: list[int]
+        self,
+        written: Written,
+        marks: Sequence[re.Match[str]],
+        heads: Sequence[tuple[int, str]],
+        ids: list[int],
     ) -> Encoded | ValueError:
-        marks = list(self._special.finditer(written.text))
         expected = [self._special_id[mark[0]] for mark in marks]
         at = [index for index, i in enumerate(ids) if i in self._special_ids]
         if [ids[index] for index in at] != expected:
@@ -210,6 +212,13 @@ class Template(ABC):
     def _strips(self, token: str) -> bool:
         added = self._tokenizer.added_tokens_decoder.get(self._special_id[token])
         return bool(added is not None and (added.rstrip or added.lstrip))
+
+
+def _head(text: str, marks: Sequence[re.Match[str]], begin: int) -> tuple[int, str]:
+    """What stands directly before an answer: how many special tokens come before it, and the text
+    from the last of them on."""
+    count = bisect_right(marks, begin, key=re.Match.end)
+    return count, text[marks[count - 1].start() if count else 0 : begin]
 
 
 def encode_talks(template: Template, talks: Sequence[Conversation]) -> list[Encoded | ValueError]:

@@ -21,7 +21,8 @@ from slap_ds.data.message_fields import (
     refuse_other_kinds,
     tools_of,
 )
-from slap_ds.data.sources import Limits, Source, find_sources, kind_of, read_rows, size_of
+from slap_ds.data.rows import read_rows
+from slap_ds.data.sources import Limits, Source, find_sources, kind_of, size_of
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -261,29 +262,38 @@ def conversation_of(row: Mapping[str, Any], format: str, limits: Limits) -> Conv
     return found
 
 
-def read_sources(
-    sources: Sequence[Source],
-    format: str = "auto",
-    limits: Limits | None = None,
-    note: Callable[[str, int], None] = lambda file, line: None,
-) -> Iterator[tuple[Source, int, Conversation | Reject]]:
-    """Every row of the sources, in order, with where it stands; `note` is told the file and the
-    next line before anything of it is read. Raises as `read_conversations`."""
-    limits = limits or Limits()
+def check_format(format: str) -> None:
+    """Raises ValueError: there is no such format."""
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"unknown data format {format!r}: expected auto, {', '.join(FORMATS)}")
+
+
+def used(
+    source: Source,
+    number: int,
+    row: Mapping[str, Any] | ValueError,
+    format: str,
+    limits: Limits,
+) -> Conversation | Reject:
+    """What becomes of a row as it was read; `source` is the file's label where it names none."""
+    try:
+        if isinstance(row, ValueError):
+            raise row
+        found = conversation_of(row, format, limits)
+    except ValueError as error:
+        return Reject(source.name, number, str(error))
+    return found if found.source else replace(found, source=source.label)
+
+
+def read_sources(
+    sources: Sequence[Source], format: str = "auto", limits: Limits | None = None
+) -> Iterator[Conversation | Reject]:
+    """Every row of the sources, in order. Raises as `read_conversations`."""
+    check_format(format)
+    limits = limits or Limits()
     for source in sources:
-        note(source.name, 1)
         for number, row in read_rows(source, limits):
-            note(source.name, number)
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                found = conversation_of(row, format, limits)
-                yield source, number, found if found.source else replace(found, source=source.label)
-            except ValueError as error:
-                yield source, number, Reject(source.name, number, str(error))
-            note(source.name, number + 1)
+            yield used(source, number, row, format, limits)
 
 
 def read_conversations(
@@ -297,5 +307,4 @@ def read_conversations(
     Raises FileNotFoundError (nothing at a path) and ValueError (unknown format, unreadable file,
     hub error).
     """
-    for _, _, row in read_sources(find_sources(paths), format):
-        yield row
+    yield from read_sources(find_sources(paths), format)

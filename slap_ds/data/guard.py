@@ -1,13 +1,18 @@
-"""Work on untrusted data in a child process, so that what kills it does not kill the run.
+"""Work on untrusted data in child processes, so that what kills one does not kill the run.
 
-Parsers and tokenizers are native code: a row can make one crash, or eat all memory. The child
-writes down where it is before it touches a row; if it dies, the error names that place.
+Parsers and tokenizers are native code: a row can make one crash, or eat all memory. A child writes
+down where it is before it touches a row; if it dies, the error names that place.
+
+    Child(work)                        one child, and what it sends
+    in_order(read, encode, workers)    a reader and workers; what these make, in the reader's order
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import ctypes
+import gc
 import json
 import mmap
 import multiprocessing
@@ -15,15 +20,20 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
 
 PLACE_BYTES = 4096
+AHEAD = 4  # chunks a worker that may be read and not be yielded yet
+
+Chunk = TypeVar("Chunk")
+_DATA, _FAILURE = b"d", b"f"
+_FORK = multiprocessing.get_context("fork")
 
 
 class Place:
-    """Where the child is, in memory that outlives it."""
+    """Where a child is, in memory that outlives it."""
 
     def __init__(self) -> None:
         self._shared = mmap.mmap(-1, PLACE_BYTES)
@@ -38,76 +48,131 @@ class Place:
         return self._shared[:].split(b"\0")[0].decode("utf-8", "replace")
 
 
-def guarded(
-    work: Callable[[Place, Callable[[int], None]], None],
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Run `work(place, report)` in a forked child and wait; `report(n)` calls `progress(n)` here.
+Send = Callable[[bytes], None]
 
-    Where processes cannot be forked, it runs here.
 
-    Raises:
-        ValueError: the child was killed, naming signal and place.
-        Exception: what `work` raised, by type and message.
+class Child:
+    """A forked process that runs `work(place, send)`; what it sends is received here.
+
+    It tokenises without threads of its own: those of its parent do not go along when it is forked,
+    and `tokenizers` would wait for them for ever.
     """
-    place = Place()
-    report = progress or (lambda rows: None)
-    if "fork" not in multiprocessing.get_all_start_methods():
-        work(place, report)
-        return
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    # Threads of the parent do not go along. Where it has tokenised with several, `tokenizers` goes
-    # on with one in the child, but would wait for the others for ever if this variable is set.
-    setting = {k: os.environ.pop(k) for k in ("TOKENIZERS_PARALLELISM",) if k in os.environ}
-    child = context.Process(target=_child, args=(work, place, theirs, os.getpid(), setting))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    try:
-        with warnings.catch_warnings():
+
+    def __init__(self, work: Callable[[Place, Send], None]) -> None:
+        self.place = Place()
+        self.connection, theirs = _FORK.Pipe(duplex=False)
+        arguments = (work, self.place, theirs, os.getpid())
+        self._process = _FORK.Process(target=_child, args=arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings(), _one_thread():
             warnings.simplefilter("ignore", DeprecationWarning)
-            child.start()
-    finally:
-        os.environ.update(setting)
-    theirs.close()
-    failure: Exception | None = None
+            self._process.start()
+        theirs.close()
+
+    def receive(self) -> bytes | None:
+        """The next that it sent; None once it has ended.
+
+        Raises:
+            ValueError: the child was killed, naming signal and place.
+            Exception: what `work` raised, by type and message.
+        """
+        try:
+            message = self.connection.recv_bytes()
+        except EOFError:
+            self._process.join()
+            if code := self._process.exitcode:
+                raise ValueError(_death(code, self.place.get())) from None
+            return None
+        if message[:1] == _FAILURE:
+            raise _rebuilt(*json.loads(message[1:]))
+        return message[1:]
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+def in_order(
+    read: Callable[[Place], Iterator[Chunk]],
+    encode: Callable[[Chunk, Place], bytes],
+    workers: int,
+) -> Generator[bytes, None, None]:
+    """`encode` of every chunk that `read` gives, in its order.
+
+    One child reads and as many as `workers` encode; a single worker reads as well. Processes, not
+    the tokenizer's own threads: more than half of a row's time is Python's. All of them are gone
+    when this ends, is closed, or raises what `Child.receive` does.
+    """
+    queue, room = _FORK.SimpleQueue(), _FORK.Semaphore(AHEAD * workers)
+
+    def alone(place: Place, send: Send) -> None:
+        for number, chunk in enumerate(read(place)):
+            send(_numbered(number, encode(chunk, place)))
+
+    def reader(place: Place, send: Send) -> None:
+        for item in enumerate(read(place)):
+            room.acquire()
+            queue.put(item)
+        for _ in range(workers):
+            queue.put(None)
+
+    def worker(place: Place, send: Send) -> None:
+        while (item := queue.get()) is not None:
+            send(_numbered(item[0], encode(item[1], place)))
+
+    children: dict[Any, Child] = {}
+    early: dict[int, bytes] = {}
+    following = 0
     try:
-        while True:
-            kind, value = json.loads(ours.recv_bytes())
-            if kind == "progress":
-                report(value)
-            else:
-                failure = _rebuilt(kind, value)
-    except EOFError:
-        pass
+        for work in [alone] if workers == 1 else [reader, *[worker] * workers]:
+            child = Child(work)
+            children[child.connection] = child
+        while children:
+            for connection in wait(list(children)):
+                message = children[connection].receive()
+                if message is None:
+                    children.pop(connection).stop()
+                    continue
+                early[int.from_bytes(message[:8], "little")] = message[8:]
+                while following in early:
+                    yield early.pop(following)
+                    room.release()
+                    following += 1
     finally:
-        if sys.exc_info()[0] is not None:  # `report` raised, or Ctrl-C
-            child.kill()
-        child.join()
-        ours.close()
-    if failure is not None:
-        raise failure
-    if child.exitcode != 0:
-        code = child.exitcode or 0
-        cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        raise ValueError(
-            f"the process that reads the data died ({cause}) at {place.get() or 'its start'}: "
-            "take the row out, or lower data.max_row_bytes"
-        )
+        for child in children.values():
+            child.stop()
+
+
+def _numbered(number: int, data: bytes) -> bytes:
+    return number.to_bytes(8, "little") + data
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _child(
-    work: Callable[[Place, Callable[[int], None]], None],
-    place: Place,
-    connection: Connection,
-    parent: int,
-    setting: dict[str, str],
+    work: Callable[[Place, Send], None], place: Place, connection: Connection, parent: int
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this
     _die_with(parent)
-    os.environ.update(setting)
+    gc.freeze()  # what was there before the fork is no garbage, and stays shared
     failed: list[Any] | None = None
     try:
-        work(place, lambda rows: connection.send_bytes(json.dumps(["progress", rows]).encode()))
+        work(place, lambda data: connection.send_bytes(_DATA + data))
     except MemoryError:
         failed = ["ValueError", f"out of memory at {place.get()}"]
     except Exception as error:
@@ -116,7 +181,7 @@ def _child(
             name = None if error.filename is None else os.fsdecode(error.filename)
             failed = ["OSError", [error.errno, error.strerror, name]]
     if failed is not None:
-        connection.send_bytes(json.dumps(failed).encode())
+        connection.send_bytes(_FAILURE + json.dumps(failed).encode())
     connection.close()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -129,6 +194,15 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
+
+
+def _death(code: int, place: str) -> str:
+    cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    memory = "; the system kills so where memory runs out" if code == -signal.SIGKILL else ""
+    return (
+        f"the process that reads the data died ({cause}) at {place or 'its start'}: take the row"
+        f" out, or lower data.max_row_bytes{memory}"
+    )
 
 
 def _rebuilt(kind: str, message: Any) -> Exception:

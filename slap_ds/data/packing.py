@@ -123,22 +123,37 @@ def pack(candidates: Sequence[Candidate], row_tokens: int) -> list[PackedRow]:
         ValueError: a candidate is longer than a row.
     """
     order = sorted(candidates, key=lambda c: (-len(c.ids), c.position))
-    rows: list[list[Candidate]] = []
-    free: list[int] = []
-    for candidate in order:
-        need = len(candidate.ids)
-        if need > row_tokens:
-            raise ValueError(
-                f"a sample of {need} tokens does not fit into a row of {row_tokens}: raise "
-                "batch.micro_batch_tokens or lower data.max_tokens"
-            )
-        slot = next((i for i, room in enumerate(free) if room >= need), len(rows))
-        if slot == len(rows):
-            rows.append([])
-            free.append(row_tokens)
+    if order and len(order[0].ids) > row_tokens:
+        raise ValueError(
+            f"a sample of {len(order[0].ids)} tokens does not fit into a row of {row_tokens}: "
+            "raise batch.micro_batch_tokens or lower data.max_tokens"
+        )
+    slots = _first_fit([len(candidate.ids) for candidate in order], row_tokens)
+    rows: list[list[Candidate]] = [[] for _ in range(max(slots, default=-1) + 1)]
+    for slot, candidate in zip(slots, order, strict=True):
         rows[slot].append(candidate)
-        free[slot] -= need
     return [make_row(sorted(row, key=lambda c: c.position)) for row in rows]
+
+
+def _first_fit(needs: Sequence[int], room: int) -> list[int]:
+    """For each need, in turn, the first of endlessly many rows in which it still fits.
+
+    A tree over the rows holds the most room in each half, so that one is found in log n steps.
+    """
+    leaves = 1 << max(len(needs) - 1, 0).bit_length()
+    most = [room] * (2 * leaves)  # of node i the children are 2 i and 2 i + 1
+    slots = []
+    for need in needs:
+        node = 1
+        while node < leaves:
+            node *= 2
+            node += most[node] < need
+        slots.append(node - leaves)
+        most[node] -= need
+        while node > 1:
+            node //= 2
+            most[node] = max(most[2 * node], most[2 * node + 1])
+    return slots
 
 
 def make_row(samples: Sequence[Candidate]) -> PackedRow:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from slap_ds.config.schema import DataConfig
-from slap_ds.data.encoding import Encoded, Template, encode_talks
+from slap_ds.data.encoding import encode_talks
 from slap_ds.data.formats import Conversation, conversation_of
-from slap_ds.data.sources import Limits, Source, find_sources, read_rows
-from slap_ds.data.store import Cut, TokenStore, cut
+from slap_ds.data.rows import read_rows
+from slap_ds.data.samples import Rules
+from slap_ds.data.sources import Source, find_sources
+from slap_ds.data.store import TokenStore
 
 BATCH_ROWS = 256
 
@@ -26,30 +26,6 @@ class Origin(NamedTuple):
     position: int  # of the sample, in the store
     row: Mapping[str, Any]  # as read, all its fields
     conversation: Conversation
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How rows became samples: what `build_store` was given beside the paths."""
-
-    format: str
-    template: Template
-    max_tokens: int
-    over_length: Literal["truncate", "drop"]
-    limits: Limits
-
-    @classmethod
-    def of(cls, data: DataConfig, template: Template) -> Rules:
-        """Those of a run."""
-        limits = Limits(data.max_row_bytes, data.max_depth)
-        return cls(data.format, template, data.max_tokens, data.over_length, limits)
-
-    def sample(self, encoded: Encoded | ValueError) -> Cut | None:
-        """What is stored of an encoded conversation, if anything is."""
-        if isinstance(encoded, ValueError):
-            return None
-        found = cut(encoded, self.max_tokens, self.over_length)
-        return None if isinstance(found, str) else found
 
 
 def reread(store: TokenStore, paths: Sequence[str], rules: Rules) -> Iterator[Origin]:

@@ -25,7 +25,8 @@ from rich.progress import track
 from slap_ds.data.encoding import Template
 from slap_ds.data.formats import Message
 from slap_ds.data.packing import Positions
-from slap_ds.data.reread import Rules, reread
+from slap_ds.data.reread import reread
+from slap_ds.data.samples import Rules
 from slap_ds.data.store import TokenStore
 from slap_ds.data.templates import make_template
 from slap_ds.distributed.comm import Comm

@@ -19,7 +19,7 @@ import torch
 from slap_ds.config.schema import ScoringConfig, SelectionConfig, StepConfig
 from slap_ds.data.collated import samples_of
 from slap_ds.data.packing import Candidate, PackedRow, Positions, make_row
-from slap_ds.data.store import content_hash
+from slap_ds.data.samples import content_hash
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine.hosted import HostedEngine
 from slap_ds.scoring import Scorer, ScoringPlan

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from slap_ds.config.schema import Config
-from slap_ds.data.reread import Rules, reread_few
+from slap_ds.data.reread import reread_few
+from slap_ds.data.samples import Rules
 from slap_ds.data.templates import make_template
 from slap_ds.report.coverage import Coverage, Int64
 from slap_ds.report.page import conversation, heading, paragraph

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from slap_ds.data.formats import Conversation
-from slap_ds.data.reread import Rules, reread_few
+from slap_ds.data.reread import reread_few
+from slap_ds.data.samples import Rules
 from slap_ds.data.sources import find_sources
 from slap_ds.data.store import POSITION_BITS
 from slap_ds.data.templates import make_template

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from slap_ds.data.formats import Conversation, Message, Reject, read_sources
-from slap_ds.data.sources import find_sources, source_facts
+from slap_ds.data.hashes import source_facts
+from slap_ds.data.sources import find_sources
 from slap_ds.files import write_text
 from slap_ds.study.plan import PLAIN, Study, Variant, data_file
 
@@ -206,7 +207,7 @@ def _count(rows: Rows) -> dict[str, int]:
 
 def _read(sources: Any) -> tuple[Rows, int]:
     rows, rejected = [], 0
-    for _, _, row in read_sources(sources):
+    for row in read_sources(sources):
         if isinstance(row, Reject):
             rejected += 1
         else:

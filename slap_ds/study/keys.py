@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from slap_ds.config.schema import Config, SelectionConfig
-from slap_ds.data.sources import find_sources, source_facts
+from slap_ds.data.hashes import source_facts
+from slap_ds.data.sources import find_sources
 from slap_ds.files import sha256
 from slap_ds.selection import make_selector
 

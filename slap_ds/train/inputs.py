@@ -13,9 +13,10 @@ import torch
 
 from slap_ds.checkpoint import find as checkpoints
 from slap_ds.config.schema import Config
+from slap_ds.data.build import build_store
 from slap_ds.data.kept_tokenizer import check_tokenizer
-from slap_ds.data.reread import Rules
-from slap_ds.data.store import TokenStore, build_store
+from slap_ds.data.samples import Rules
+from slap_ds.data.store import TokenStore
 from slap_ds.data.stream import CandidateStream
 from slap_ds.data.templates import make_template
 from slap_ds.estimate import Shape

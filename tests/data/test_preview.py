@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from slap_ds.data.build import build_store
 from slap_ds.data.preview import preview
-from slap_ds.data.store import Sample, TokenStore, build_store
+from slap_ds.data.store import Sample, TokenStore
 from slap_ds.data.templates import make_template
 from tests.small_tokenizers import CHATML, byte_tokenizer
 

@@ -1,6 +1,7 @@
 """The token store: what it holds, what it leaves out, and that its cache can be trusted."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slap_ds.data.build import build_store
+from slap_ds.data.counts import Counts
 from slap_ds.data.encoding import Encoded, Template
 from slap_ds.data.formats import Message
-from slap_ds.data.store import Counts, TokenStore, build_store
+from slap_ds.data.store import TokenStore
 from slap_ds.data.templates import make_template
 from tests.small_tokenizers import (
     CHATML,
@@ -34,6 +37,11 @@ def write(path: Path, rows: Sequence[object]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{json.dumps(r)}\n" for r in rows), "utf-8")
     return str(path)
+
+
+def listed(cache: Path) -> list[str]:
+    """What is in the cache, beside the hashes of old files."""
+    return sorted(set(os.listdir(cache)) - {"hashes.jsonl"})
 
 
 def build(path: str, cache: Path, **changes: Any) -> TokenStore:

@@ -93,6 +93,20 @@ def test_rows_hold_every_sample_whole(lengths, seed):
     assert sum(row.tokens <= 30 for row in rows) <= 1
 
 
+@given(needs=st.lists(st.integers(1, 50), max_size=200), room=st.integers(50, 120))
+def test_rows_are_those_of_a_plain_first_fit(needs, room):
+    samples = [Candidate(i, np.arange(n), np.ones(n, dtype=bool)) for i, n in enumerate(needs)]
+    rows, free = [], []
+    for position in sorted(range(len(needs)), key=lambda i: (-needs[i], i)):
+        slot = next((i for i, left in enumerate(free) if left >= needs[position]), len(free))
+        if slot == len(free):
+            rows.append([])
+            free.append(room)
+        rows[slot].append(position)
+        free[slot] -= needs[position]
+    assert [list(row.where) for row in pack(samples, room)] == [sorted(row) for row in rows]
+
+
 def test_a_sample_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="61 tokens"):
         pack([Candidate(0, np.arange(61), np.ones(61, dtype=bool))], 60)

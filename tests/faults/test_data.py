@@ -2,18 +2,22 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from slap_ds.data import sources
-from slap_ds.data.guard import guarded
+from slap_ds.data import rows, sources
+from slap_ds.data.guard import AHEAD, Child, in_order
 from slap_ds.data.sources import Limits
-from tests.data.test_store import build, row, write
+from tests.data.test_store import build, listed, row, write
 
 pytestmark = pytest.mark.fault_row(17)
 GOOD = json.dumps(row("a question", "an answer")).encode()
@@ -71,7 +75,7 @@ def test_a_small_archive_that_unpacks_to_much_is_read_within_bounds(tmp_path):
         file.write(b"\n" + GOOD + b"\n")
     assert path.stat().st_size < 2**21
     tracemalloc.start()
-    found = list(sources.read_rows(sources.find_sources([str(path)])[0], Limits(2**20)))
+    found = list(rows.read_rows(sources.find_sources([str(path)])[0], Limits(2**20)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [number for number, _ in found] == [1, 2]
@@ -81,7 +85,7 @@ def test_a_small_archive_that_unpacks_to_much_is_read_within_bounds(tmp_path):
     with gzip.open(listed, "wb", compresslevel=1) as file:
         file.write(b"[" + b" " * 2**23 + b"]")
     with pytest.raises(ValueError, match=r"bomb.json.gz: .*longer than 1 MiB.*\.jsonl"):
-        list(sources.read_rows(sources.find_sources([str(listed)])[0], Limits(list_bytes=2**20)))
+        list(rows.read_rows(sources.find_sources([str(listed)])[0], Limits(list_bytes=2**20)))
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.json", "empty.jsonl.gz"])
@@ -94,18 +98,18 @@ def test_an_empty_file_is_an_error(name, tmp_path):
 
 def test_a_row_that_kills_the_parser_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "data.jsonl", [row(f"q{i}", "a") for i in range(9)])
-    parse = sources._parse_line
+    parse = rows._parse_line
 
     def crashing(line, limits):
         if b'"q6"' in line:
             os.kill(os.getpid(), signal.SIGSEGV)
         return parse(line, limits)
 
-    monkeypatch.setattr(sources, "_parse_line", crashing)
+    monkeypatch.setattr(rows, "_parse_line", crashing)
     with pytest.raises(ValueError, match=r"died \(SIGSEGV\) at .*data.jsonl, line 7:") as told:
         build(path, tmp_path / "cache")
     assert "\n" not in str(told.value)
-    assert os.listdir(tmp_path / "cache") == []
+    assert listed(tmp_path / "cache") == []
     monkeypatch.undo()
     assert len(build(path, tmp_path / "cache")) == 9
 
@@ -126,40 +130,85 @@ def test_rows_that_kill_the_tokenizer_are_named(tmp_path):
 
 
 def test_errors_of_the_child_are_those_of_the_work():
-    def work(place, report):
-        report(3)
+    def work(place, send):
+        send(b"three")
         place.set("x" * 10_000)
         raise FileNotFoundError("no such thing")
 
-    seen: list[int] = []
+    child = Child(work)
+    assert child.receive() == b"three"
     with pytest.raises(FileNotFoundError, match="no such thing"):
-        guarded(work, seen.append)
-    assert seen == [3]
+        child.receive()
+    child.stop()
 
-    def odd(place, report):
+    def odd(place, send):
         raise UnicodeDecodeError("utf-8", b"x", 0, 1, "odd")
 
+    child = Child(odd)
     with pytest.raises(RuntimeError, match=re.escape("UnicodeDecodeError: 'utf-8'")):
-        guarded(odd)
+        child.receive()
+    child.stop()
 
-    def interrupted(rows):
-        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        guarded(lambda place, report: (report(1), signal.pause()), interrupted)
+def test_chunks_come_in_order_whoever_is_slow():
+    def encode(chunk, place):
+        time.sleep(0.02 * (chunk % 3))
+        return str(chunk).encode()
+
+    for workers in (1, 2, 5):
+        found = list(in_order(lambda place: iter(range(20)), encode, workers))
+        assert found == [str(i).encode() for i in range(20)]
+        assert list(in_order(lambda place: iter(()), encode, workers)) == []
+
+
+def test_no_more_is_read_than_is_asked_for():
+    read = multiprocessing.get_context("fork").Value("i", 0)
+
+    def numbers(place):
+        for number in range(1000):
+            read.value = number
+            yield number
+
+    found = in_order(numbers, lambda chunk, place: b"x", 2)
+    next(found)
+    time.sleep(0.3)
+    assert read.value <= 2 * AHEAD + 2
+    found.close()
+
+
+@pytest.mark.parametrize("who", ["reader", "worker"])
+def test_a_killed_process_ends_all_others(who, tmp_path):
+    def note():
+        (tmp_path / str(os.getpid())).touch()
+
+    def numbers(place):
+        note()
+        place.set("the rows")
+        for number in range(1000):
+            if who == "reader" and number == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield number
+
+    def encode(chunk, place):
+        note()
+        place.set(f"row {chunk}")
+        if who == "worker" and chunk == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return b""
+
+    place = "the rows" if who == "reader" else "row 5"
+    with pytest.raises(ValueError, match=rf"died \(SIGKILL\) at {place}: .*memory runs out"):
+        list(in_order(numbers, encode, 3))
+    assert not [pid for pid in os.listdir(tmp_path) if Path("/proc", pid).exists()]
 
 
 def test_a_child_does_not_outlive_its_parent(tmp_path):
-    import subprocess
-    import sys
-    import time
-
     script = (
         "import os, sys, signal\n"
-        "from slap_ds.data.guard import guarded\n"
-        "def work(place, report):\n"
-        "    open(sys.argv[1], 'w').write(str(os.getpid())); report(1); signal.pause()\n"
-        "guarded(work, lambda rows: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "from slap_ds.data.guard import Child\n"
+        "def work(place, send):\n"
+        "    open(sys.argv[1], 'w').write(str(os.getpid())); send(b''); signal.pause()\n"
+        "Child(work).receive(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     root = Path(__file__).parents[2]
     subprocess.run(

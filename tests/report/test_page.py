@@ -8,7 +8,8 @@ import time
 import pytest
 
 from slap_ds.cli import main
-from slap_ds.data.reread import Rules, reread_few
+from slap_ds.data.reread import reread_few
+from slap_ds.data.samples import Rules
 from slap_ds.data.templates import make_template
 from slap_ds.jsonl import read_lines
 from slap_ds.report.build import report, watch
