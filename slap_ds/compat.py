@@ -246,8 +246,8 @@ def gathered_along(optimizer: Any, order: Any) -> Iterator[None]:
 
 
 def all_to_all(layer: Any, group: Any) -> Callable[[Tensor], Tensor]:
-    """`deepspeed.sequence.layer`'s exchange in a group of n ranks: entry j of a tensor (n, ...) goes
-    to rank j, entry j of the result comes from there; gradients go the same ways back."""
+    """`deepspeed.sequence.layer`'s exchange in a group of n ranks: entry j of a tensor (n, ...)
+    goes to rank j, entry j of the result comes from there; gradients go the same ways back."""
     layer.register_all_to_all_group(group)
     return functools.partial(layer._dim_zero_all_to_all, group)
 

@@ -26,6 +26,7 @@ from slap_ds.config.outputs import (
     TrackingConfig,
 )
 from slap_ds.config.section import PathText, Section
+from slap_ds.errors import counted
 
 
 class LoraConfig(Section):
@@ -112,7 +113,8 @@ class BatchConfig(Section):
     candidates: int = Field(64, ge=1)
     """N: candidates drawn for one optimizer step, over all ranks."""
     rows_per_rank: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
-    """In place of candidates: as many as fill so many rows a rank at the mean length of samples;
+    """In place of candidates: as many as fill so many rows a rank (with engine.sequence_parallel
+    those that share rows count as one) at the mean length of samples;
     auto: so many rows that more would hardly make a step cheaper in relation to full training."""
     micro_batch_tokens: int = Field(2048, ge=2)
     """Tokens of one packed row, the unit of a forward and backward."""
@@ -278,8 +280,8 @@ class EngineConfig(Section):
         """
         if ranks % self.sequence_parallel:
             raise ValueError(
-                f"engine.sequence_parallel is {self.sequence_parallel}, of which {ranks} ranks are "
-                "no multiple: start a multiple of it, or set it to 1"
+                f"engine.sequence_parallel is {self.sequence_parallel}, which does not divide "
+                f"{counted(ranks, 'rank')}: start a multiple of it, or set it to 1"
             )
         return ranks // self.sequence_parallel
 
@@ -352,8 +354,8 @@ class Config(Section):
             self.engine.kind == "torch" or self.model.attention != "packed"
         ):
             raise ValueError(
-                "engine.sequence_parallel above 1 needs engine.kind deepspeed, for the other has "
-                "one rank, and model.attention packed"
+                f"engine.sequence_parallel {self.engine.sequence_parallel} needs engine.kind "
+                "deepspeed (torch runs on one rank) and model.attention packed"
             )
         if self.engine.deterministic and self.model.attention.startswith(
             ("flex_attention", "flash_attention_3", "flash_attention_4")

@@ -62,15 +62,15 @@ class Split:
         """(1, n t, H / n, d) -> (1, t, H, d): the same backwards, of attention's result."""
         if self.ranks == 1:
             return out
-        width = out.shape[-1]
-        got = self.exchange(out[0].flatten(1).unflatten(0, (-1, self.ranks)).transpose(0, 1))
-        return got.transpose(0, 1).flatten(1).unflatten(-1, (-1, width))[None]
+        heads, width = out.shape[2:]
+        got = self.exchange(out[0].flatten(1).view(-1, self.ranks, heads * width).transpose(0, 1))
+        return got.transpose(0, 1).reshape(1, -1, self.ranks * heads, width)
 
     def total(self, scores: HeadScores) -> HeadScores:
         """The sums over all ranks' tokens."""
         if self.ranks == 1:
             return scores
-        found: dict[str, Tensor | None] = scores._asdict()
+        found: dict[str, Any] = scores._asdict()
         for whole_numbers in (True, False):  # which stay so
             here = {
                 name: x
@@ -84,8 +84,9 @@ class Split:
 
     def _by_rank(self, x: Tensor) -> Tensor:
         """(1, H, t, d) -> (n, t, H / n * d): each rank's heads."""
-        x = x.repeat_interleave(max(1, self.ranks // x.shape[1]), 1)
-        return x[0].unflatten(0, (self.ranks, -1)).transpose(1, 2).flatten(2)
+        _, heads, tokens, width = x.shape
+        x = x.repeat_interleave(max(1, self.ranks // heads), 1)
+        return x.view(self.ranks, -1, tokens, width).transpose(1, 2).flatten(2)
 
 
 ALONE = Split()

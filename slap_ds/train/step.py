@@ -225,8 +225,9 @@ def pick(
     """What `selector` makes of a batch whose `tokens` are known.
 
     Args:
-        holder: (N,) int64 in [0, holders), the group of ranks that holds each candidate, where picks
-            stay where they are and none may get more than (1 + slack) times its share; None: anyone may.
+        holder: (N,) int64 in [0, holders), the rank (or group of ranks) that holds each candidate,
+            where picks stay there and none may get more than (1 + slack) times its share; None:
+            anyone may.
     """
     generator = torch.Generator().manual_seed(seed)
     if holder is None:
