@@ -23,6 +23,14 @@ CASES = {
     "qwen3_moe": REUSE,
     "glm4_moe": REUSE,
 }
+SHARING = {"sequence_parallel": 2}
+SHARED = {
+    "mistral": {},
+    "qwen2": {},
+    "gpt2": {},
+    "mixtral": {"output_router_logits": False},
+    "deepseek_v3": {},
+}
 SLOW = ("gpt2 reuse", "qwen3_moe", "glm4_moe")
 
 
@@ -40,6 +48,23 @@ def test_slap_on_two_ranks_is_slap_in_one_process(case, tmp_path):
     run_config(config(model, tmp_path / "torch", case, engine={"kind": "torch"}))
     run_ranks(run_config, 2, config(model, tmp_path / "ranks", case))
     assert len(picks(tmp_path / "torch")) == 5
+    assert picks(tmp_path / "ranks") == picks(tmp_path / "torch")
+    found, expected = (
+        losses(read_lines(tmp_path / n / "metrics.jsonl")) for n in ("ranks", "torch")
+    )
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-5
+    assert found[0] != found[-1]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow) if c != "mistral" else c for c in SHARED],
+)
+def test_ranks_that_share_rows_train_as_one_process(case, tmp_path):
+    """Windows, learned positions, experts, keys wider than values."""
+    model = tiny_model(tmp_path / "model", case, **SHARED[case])
+    run_config(config(model, tmp_path / "torch", case, engine={"kind": "torch"}))
+    run_ranks(run_config, 2, config(model, tmp_path / "ranks", case, engine=SHARING))
     assert picks(tmp_path / "ranks") == picks(tmp_path / "torch")
     found, expected = (
         losses(read_lines(tmp_path / n / "metrics.jsonl")) for n in ("ranks", "torch")

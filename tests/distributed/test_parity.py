@@ -124,6 +124,39 @@ def test_slap_picks_the_same_on_any_number_of_ranks(kind, models, tmp_path):
         assert max(abs(a - b) for a, b in zip(found, expected_losses, strict=True)) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["llama", pytest.param("glm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("forward", ["reuse", "separate"])
+def test_ranks_that_share_rows_count_as_one(forward, kind, tmp_path):
+    """As many groups as ranks without: losses, picks, evaluations and weights of one process."""
+    model = tiny_model(tmp_path / "model", kind, num_attention_heads=4, num_key_value_heads=2)
+
+    def config(name, **engine):
+        return tiny_config(
+            model,
+            tmp_path / name,
+            steps=5,
+            model={"gradient_checkpointing": True},
+            step={"forward": forward, "balance": "none"},
+            engine=engine,
+        )
+
+    expected = run_config(config("one", kind="torch"))
+    evals = [r["eval_loss"] for r in expected if r["event"] == "eval"]
+    weights = whole_weights(tmp_path / "one/checkpoints/step-000005")
+    # The last one copies heads of keys and values; the middle one has two groups.
+    for world, sharing in ((2, 2), (4, 2), (4, 4)):
+        name = f"{world}-{sharing}"
+        found = on_ranks(config(name, sequence_parallel=sharing), world)
+        assert picks(tmp_path / name) == picks(tmp_path / "one"), name
+        pairs = [*zip(found, losses(expected), strict=True)]
+        seen = [r["eval_loss"] for r in read(tmp_path / name) if r["event"] == "eval"]
+        pairs += zip(seen, evals, strict=True)
+        assert len(pairs) == 7
+        assert max(abs(a - b) for a, b in pairs) <= 3e-6, name
+        for key, weight in whole_weights(tmp_path / name / "checkpoints/step-000005").items():
+            assert float((weight - weights[key]).abs().max()) <= 1e-5, (name, key)
+
+
 @pytest.mark.parametrize(
     ("engine", "world", "dtype"),
     [

@@ -12,7 +12,6 @@ from slap_ds.models.load import load_config
 from slap_ds.models.split import Split, check_split
 from tests.recipes import SIZES, TINY
 
-
 SIX = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
 
 
