@@ -23,7 +23,6 @@ CASES = {
     "qwen3_moe": REUSE,
     "glm4_moe": REUSE,
 }
-SHARING = {"sequence_parallel": 2}
 SHARED = {
     "mistral": {},
     "qwen2": {},
@@ -36,7 +35,7 @@ SLOW = ("gpt2 reuse", "qwen3_moe", "glm4_moe")
 
 def config(path: str, run_dir: Path, case: str, **sections) -> Config:
     common = {"steps": 5, "evaluation": {"max_samples": 2}}
-    return tiny_config(path, run_dir, **{**common, **CASES[case], **sections})
+    return tiny_config(path, run_dir, **{**common, **CASES.get(case, REUSE), **sections})
 
 
 @pytest.mark.parametrize(
@@ -63,8 +62,9 @@ def test_slap_on_two_ranks_is_slap_in_one_process(case, tmp_path):
 def test_ranks_that_share_rows_train_as_one_process(case, tmp_path):
     """Windows, learned positions, experts, keys wider than values."""
     model = tiny_model(tmp_path / "model", case, **SHARED[case])
-    run_config(config(model, tmp_path / "torch", case, engine={"kind": "torch"}))
-    run_ranks(run_config, 2, config(model, tmp_path / "ranks", case, engine=SHARING))
+    run_config(config(model, tmp_path / "torch", case, engine={"kind": "torch"}, **REUSE))
+    shared = config(model, tmp_path / "ranks", case, engine={"sequence_parallel": 2}, **REUSE)
+    run_ranks(run_config, 2, shared)
     assert picks(tmp_path / "ranks") == picks(tmp_path / "torch")
     found, expected = (
         losses(read_lines(tmp_path / n / "metrics.jsonl")) for n in ("ranks", "torch")
