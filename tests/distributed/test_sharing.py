@@ -1,6 +1,7 @@
 """engine.sequence_parallel: ranks that share their rows compute what one rank would."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,31 +109,31 @@ def test_an_adapter_trains_the_same(models, tmp_path):
     assert float(difference.mean()) <= 1e-5
 
 
-def test_stop_and_resume_equals_no_stop_bit_for_bit(models, tmp_path):
-    import shutil
-
-    def go(name):
+def test_a_run_goes_on_bit_for_bit_and_with_groups_of_another_size(models, tmp_path):
+    def go(name, sharing):
         config = tiny_config(
             models["llama"],
             tmp_path / name,
             steps=6,
-            engine={"sequence_parallel": 2},
+            engine={"sequence_parallel": sharing},
             checkpoint={"every": 3, "keep_last": 9},
             **REUSE,
         )
         run_ranks(run_config, 2, config)
-        return read_lines(tmp_path / name / "metrics.jsonl")
+        found = read_lines(tmp_path / name / "metrics.jsonl")
+        evals = [r["eval_loss"] for r in found if r["event"] == "eval"]
+        assert (len(losses(found)), len(evals)) == (6, 2)
+        return losses(found) + evals
 
-    whole = go("whole")
-    go("broken")
-    shutil.rmtree(tmp_path / "broken/checkpoints/step-000006")
-    broken = go("broken")
-    assert losses(broken) == losses(whole)
-    assert picks(tmp_path / "broken") == picks(tmp_path / "whole")
-    assert torch.equal(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
-    evals = [[r["eval_loss"] for r in m if r["event"] == "eval"] for m in (broken, whole)]
-    assert evals[0] == evals[1]
-    assert len(evals[0]) > 1
+    whole = go("whole", 2)
+    for name in ("again", "alone"):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints/step-000006")
+    assert go("again", 2) == whole
+    assert torch.equal(weights(tmp_path / "again"), weights(tmp_path / "whole"))
+    assert max(abs(a - b) for a, b in zip(go("alone", 1), whole, strict=True)) <= 1e-5
+    for name in ("again", "alone"):
+        assert picks(tmp_path / name) == picks(tmp_path / "whole")
 
 
 def error_of(config: Config, shifted: bool) -> str:
