@@ -125,9 +125,13 @@ def test_slap_picks_the_same_on_any_number_of_ranks(kind, models, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", pytest.param("glm", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("forward", ["reuse", "separate"])
-def test_ranks_that_share_rows_count_as_one(forward, kind, tmp_path):
-    """As many groups as ranks without: losses, picks, evaluations and weights of one process."""
+@pytest.mark.parametrize(
+    ("forward", "worlds"),
+    # Of four, the first have two groups; the last copy heads of keys and values.
+    [("reuse", [(2, 2), (4, 2), (4, 4)]), ("separate", [(2, 2)])],
+)
+def test_ranks_that_share_rows_train_as_one_process(forward, worlds, kind, tmp_path):
+    """Losses, picks, evaluations and weights, by (ranks, ranks that share rows)."""
     model = tiny_model(tmp_path / "model", kind, num_attention_heads=4, num_key_value_heads=2)
 
     def config(name, **engine):
@@ -143,8 +147,7 @@ def test_ranks_that_share_rows_count_as_one(forward, kind, tmp_path):
     expected = run_config(config("one", kind="torch"))
     evals = [r["eval_loss"] for r in expected if r["event"] == "eval"]
     weights = whole_weights(tmp_path / "one/checkpoints/step-000005")
-    # The last one copies heads of keys and values; the middle one has two groups.
-    for world, sharing in ((2, 2), (4, 2), (4, 4)):
+    for world, sharing in worlds:
         name = f"{world}-{sharing}"
         found = on_ranks(config(name, sequence_parallel=sharing), world)
         assert picks(tmp_path / name) == picks(tmp_path / "one"), name
