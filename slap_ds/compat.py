@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -79,6 +80,10 @@ NAMES: dict[str, Name] = {
     ),
     "checkpoint_event_prologue": Name("deepspeed", "0.19.8", "readies ZeRO-3 for another state"),
     "checkpoint_event_epilogue": Name("deepspeed", "0.19.8", "takes it up again"),
+    "_dim_zero_all_to_all": Name(
+        "deepspeed", "0.19.8", "exchanges tokens for heads, backwards too (Ulysses)"
+    ),
+    "register_all_to_all_group": Name("deepspeed", "0.19.8", "lets it find its process group"),
     "comms_logger": Name("deepspeed", "0.19.8", "counts DeepSpeed's own collectives"),
     "comms_dict": Name("deepspeed", "0.19.8", "where it keeps {operation: {bytes: [calls, ...]}}"),
 }
@@ -238,6 +243,13 @@ def gathered_along(optimizer: Any, order: Any) -> Iterator[None]:
         yield
     finally:
         offload.param_coordinator = ordinary
+
+
+def all_to_all(layer: Any, group: Any) -> Callable[[Tensor], Tensor]:
+    """`deepspeed.sequence.layer`'s exchange in a group of n ranks: entry j of a tensor (n, ...)
+    goes to rank j, entry j of the result comes from there; gradients go the same ways back."""
+    layer.register_all_to_all_group(group)
+    return functools.partial(layer._dim_zero_all_to_all, group)
 
 
 def attach_moments(optimizer: Any) -> None:

@@ -156,6 +156,7 @@ def seen(tmp_path_factory):
     from deepspeed import comm
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.sequence import layer
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -182,6 +183,8 @@ def seen(tmp_path_factory):
     found["_copy_recovery_script"] &= callable(DeepSpeedEngine._copy_recovery_script)
     found["comms_logger"] = hasattr(comm.comm, "comms_logger")
     found["comms_dict"] = isinstance(compat.collectives_log(comm), dict)
+    for name in ("_dim_zero_all_to_all", "register_all_to_all_group"):
+        found[name] = callable(getattr(layer, name, None))
     groups = dist.distributed_c10d
     found["_world"] = hasattr(getattr(groups, "_world", None), "pg_map")
     found["_set_pg_timeout"] = "timeout" in inspect.signature(groups._set_pg_timeout).parameters

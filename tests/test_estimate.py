@@ -5,10 +5,12 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from slap_ds.data.packing import Candidate, make_row
 from slap_ds.estimate import (
     BOUNDARIES,
     GATHERED,
@@ -21,13 +23,17 @@ from slap_ds.estimate import (
     estimate,
 )
 from slap_ds.estimate.outlook import Tokens, outlook
+from slap_ds.models.causal import PackedCausalLM
+from slap_ds.models.load import load_config, load_model
 from slap_ds.models.reuse import host_boundary_bytes, pinned_bytes
+from slap_ds.models.split import Split
 from slap_ds.train.inputs import settle_candidates
 from tests.config.test_recipes import PUBLISHED
-from tests.recipes import tiny_config
+from tests.recipes import SIZES, TINY, tiny_config
 
 GIB = 2**30
 SLOW_NETWORK = Hardware(gather_bytes_per_s=1e9)
+SEPARATE = {"settings": {"stage": 0}, "step": {"forward": "separate"}}
 
 
 def meta(**changes):
@@ -46,8 +52,8 @@ def of(model, tmp_path, gpus=8, settings=None, candidates=32, **sections):
     sections = {
         "model": {"dtype": "bfloat16", "gradient_checkpointing": True},
         "batch": {"micro_batch_tokens": 8192},
-        "engine": {"deepspeed": str(tmp_path / "ds.json")},
         **sections,
+        "engine": {"deepspeed": str(tmp_path / "ds.json"), **sections.get("engine", {})},
     }
     config = tiny_config("m", tmp_path / "run", **sections)
     return estimate(config, Shape.of(model.config), 512, 0.5, gpus, candidates, SLOW_NETWORK)
@@ -162,6 +168,43 @@ def test_a_head_chunk_is_that_of_a_gpu(tmp_path):
     assert found == 2048 * vocab * (4 + 4 + 2) / GIB
     few = of(model, tmp_path, scoring={"chunk_tokens": 100}).memory_gib["head chunk"]
     assert few == pytest.approx(found * 100 / 2048)
+
+
+def test_ranks_that_share_rows_hold_their_part(tmp_path):
+    whole, shared = (
+        of(meta(), tmp_path, gpus=16, engine={"sequence_parallel": n}, **SEPARATE) for n in (1, 4)
+    )
+    for part in (BOUNDARIES, "one block's activations"):
+        assert shared.memory_gib[part] == whole.memory_gib[part] / 4
+    assert (whole.exchanged_mib, shared.rows) == (0, 4 * whole.rows)
+    # A forward that scores, one that trains, a recompute and a backward, of 60 % of the tokens.
+    extra = shared.exchanged_mib * 2**20 * 32 * whole.rows * 4 / 1e9
+    assert shared.step_s["score"] - whole.step_s["score"] == pytest.approx(extra)
+    assert shared.step_s["train"] - whole.step_s["train"] == pytest.approx(0.6 * 3 * extra)
+    with pytest.raises(ValueError, match="does not divide 6 ranks"):
+        of(meta(), tmp_path, gpus=6, engine={"sequence_parallel": 4})
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_ranks_exchange_is_what_is_estimated(ranks, tmp_path):
+    """Two key heads: on four ranks each goes to two of them."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    fields = {**SIZES, **TINY["llama"], **heads}
+    lm = load_model(None, load_config(None, fields), dtype="float32", attention="packed", seed=0)
+    sent = []
+
+    def exchange(x):
+        sent.append(x[1:].nbytes)  # one entry stays here
+        return x
+
+    model = PackedCausalLM(lm, 8)
+    model.split = Split(0, ranks, exchange)
+    ids = np.arange(3, 131)
+    row = make_row([Candidate(i, ids, ids > 9) for i in range(3)])  # of 384 tokens
+    model(row.part(0, ranks), "train")
+    config = tiny_config("m", tmp_path, engine={"sequence_parallel": ranks})
+    e = estimate(config, Shape.of(lm.config), 128, 0.5, ranks, 3)
+    assert e.exchanged_mib * 2**20 * 2 == sum(sent)
 
 
 def ahead(tmp_path, gpus, candidates, tokens=None, kind="h100", **sections):

@@ -139,6 +139,9 @@ def _table(found: list[Outlook], config: Config) -> Table:
         table.add_row(f"GiB a GPU on its host: {part}", *(f"{e.host_gib[part]:.2f}" for e in each))
     table.add_row("candidates a step", *(f"{e.candidates:,}" for e in each))
     table.add_row("full training's rows a GPU", *(f"{e.rows:.2g}" for e in each))
+    if config.engine.sequence_parallel > 1:
+        sent = "MiB a GPU sends a layer in a row's forward"
+        table.add_row(sent, *(f"{e.exchanged_mib:.1f}" for e in each))
     for part in each[0].step_s:
         table.add_row(f"seconds a step: {part}", *(f"{e.step_s[part]:.3f}" for e in each))
     table.add_row("step / full training", *(f"{e.ratio_to_full:.3f}" for e in each), style="bold")

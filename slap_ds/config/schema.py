@@ -26,6 +26,7 @@ from slap_ds.config.outputs import (
     TrackingConfig,
 )
 from slap_ds.config.section import PathText, Section
+from slap_ds.errors import counted
 
 
 class LoraConfig(Section):
@@ -112,7 +113,8 @@ class BatchConfig(Section):
     candidates: int = Field(64, ge=1)
     """N: candidates drawn for one optimizer step, over all ranks."""
     rows_per_rank: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
-    """In place of candidates: as many as fill so many rows a rank at the mean length of samples;
+    """In place of candidates: as many as fill so many rows a rank (with engine.sequence_parallel
+    those that share rows count as one) at the mean length of samples;
     auto: so many rows that more would hardly make a step cheaper in relation to full training."""
     micro_batch_tokens: int = Field(2048, ge=2)
     """Tokens of one packed row, the unit of a forward and backward."""
@@ -255,6 +257,9 @@ class EngineConfig(Section):
     """deepspeed, or torch: one process, plain PyTorch, for tests and debugging."""
     deepspeed: PathText | None = None
     """DeepSpeed JSON with "auto" values; default: the ZeRO-3 one that ships in the package."""
+    sequence_parallel: int = Field(1, ge=1)
+    """So many consecutive ranks share each row's tokens, for samples too long for one; the ranks
+    must be a multiple of it, and the model's heads divide by it (docs/distributed.md)."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds without progress after which a rank ends and says who holds it up. A checkpoint may
     take longer while its files grow; ranks that have written theirs wait this long for others."""
@@ -266,6 +271,19 @@ class EngineConfig(Section):
     deterministic: bool = False
     """On a GPU: kernels that give the same bits every time, where torch has them; slower. What has
     none is an error when it is met. CPUs need no such thing."""
+
+    def groups(self, ranks: int) -> int:
+        """Into how many groups that share their rows `ranks` ranks fall.
+
+        Raises:
+            ValueError: not evenly.
+        """
+        if ranks % self.sequence_parallel:
+            raise ValueError(
+                f"engine.sequence_parallel is {self.sequence_parallel}, which does not divide "
+                f"{counted(ranks, 'rank')}: start a multiple of it, or set it to 1"
+            )
+        return ranks // self.sequence_parallel
 
 
 class Config(Section):
@@ -331,6 +349,13 @@ class Config(Section):
             raise ValueError(
                 "optimizer.kind deepspeed needs engine.kind deepspeed; engine.kind torch steps "
                 "with torch's AdamW: set optimizer.kind torch"
+            )
+        if self.engine.sequence_parallel > 1 and (
+            self.engine.kind == "torch" or self.model.attention != "packed"
+        ):
+            raise ValueError(
+                f"engine.sequence_parallel {self.engine.sequence_parallel} needs engine.kind "
+                "deepspeed (torch runs on one rank) and model.attention packed"
             )
         if self.engine.deterministic and self.model.attention.startswith(
             ("flex_attention", "flash_attention_3", "flash_attention_4")

@@ -39,6 +39,9 @@ class PackedRow(NamedTuple):
     lengths: tuple[int, ...]  # tokens of each sample; (1,) in an empty row
     where: tuple[int, ...]  # (n,) each sample's position in the candidate batch
     response: Positions  # (R,) on the host: the tokens that have a target, ascending
+    # Of a part of a row (`part`): token i of a sample here is its token i * ranks + rank.
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def tokens(self) -> int:
@@ -65,6 +68,46 @@ class PackedRow(NamedTuple):
         """(R,) which sample of the row each response token is of."""
         ends = np.cumsum(self.lengths)
         return np.searchsorted(ends, self.response, side="right").astype(np.int64)
+
+    @property
+    def response_offset(self) -> Positions:
+        """(R,) the place of each response token in its whole sample."""
+        begins = np.cumsum((0, *self.lengths))[self.response_sample]
+        offset: Positions = (self.response - begins) * self.ranks + self.rank
+        return offset
+
+    def part(self, rank: int, ranks: int) -> PackedRow:
+        """Every `ranks`-th token of each sample, from token `rank` on, as a row of its own.
+
+        Samples are filled up to a multiple of `ranks` tokens at their end, where causal attention
+        lets nobody see them, and train nothing there. So any samples' parts, laid end to end, are
+        the part of the row of these samples; and answers, which end samples, meet all ranks alike.
+        """
+        if ranks == 1:
+            return self
+        lengths = [-(-n // ranks) for n in self.lengths]
+        ends = [0, *itertools.accumulate(lengths)]
+        filled = ranks * np.asarray(ends[:-1]) - np.cumsum((0, *self.lengths))[:-1]
+        place = np.arange(self.tokens) + np.repeat(filled, self.lengths)  # in the filled-up row
+        mine = np.flatnonzero(place % ranks == rank)
+
+        def taken(value: Tensor, fill: int) -> Tensor:
+            out = torch.full((ends[-1],), fill, dtype=value.dtype)
+            out[torch.from_numpy(place[mine] // ranks)] = value[torch.from_numpy(mine)]
+            return out
+
+        response = place[self.response]
+        return self._replace(
+            input_ids=taken(self.input_ids[0], 0)[None],
+            position_ids=taken(self.position_ids[0], 0)[None],
+            targets=taken(self.targets, IGNORE),
+            sample=taken(self.sample, 0),
+            cu_seqlens=torch.tensor(ends, dtype=torch.int32),
+            lengths=tuple(lengths),
+            response=response[response % ranks == rank] // ranks,
+            rank=rank,
+            ranks=ranks,
+        )
 
     @staticmethod
     def empty() -> PackedRow:

@@ -43,11 +43,22 @@ class Comm:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sharing: int = 1  # engine.sequence_parallel: so many ranks in a row make up a group
     # Collectives by phase: how many, and the bytes of payload this rank has put into them.
     traffic: dict[str, list[int]] = field(default_factory=dict)
     peers: Peers = field(default_factory=Peers)
     heart: Heart = field(default_factory=Heart)
     waited_s: float = 0.0  # in exchanges, for ranks that came later
+
+    @property
+    def groups(self) -> int:
+        """How many groups there are: candidates and rows are dealt out to groups."""
+        return self.world // self.sharing
+
+    @property
+    def group(self) -> int:
+        """The group that this rank belongs to."""
+        return self.rank // self.sharing
 
     @property
     def bytes_sent(self) -> int:
@@ -127,11 +138,13 @@ class Comm:
         Payloads are bytes in one collective: losses stay float32 and positions int64, exactly.
 
         Args:
-            local: this rank's share; `positions` of all ranks together are 0..N-1.
+            local: this group's share, the same on each of its ranks, which send a part of it each;
+                `positions` of all groups together are 0..N-1.
 
         Raises:
             RankDisagreement: a rank is at another step, or the shares do not make up the batch.
         """
+        local = _part(local, self.rank % self.sharing, self.sharing)
         mine = [len(local.positions), local.diagonal_tokens]
         told = self.exchange(step, "gather sizes", mine).tolist()
         if self.world == 1:
@@ -260,6 +273,26 @@ def _in_order(step: int, shares: Sequence[Scores], candidates: int) -> Scores:
         diagonal=torch.stack(diagonals).double().sum(0) if diagonals else None,
         diagonal_tokens=sum(share.diagonal_tokens for share in shares),
         extras=placed("extras", torch.float32),
+    )
+
+
+def _part(scores: Scores, rank: int, ranks: int) -> Scores:
+    """What one of the ranks that hold the same share sends of it: samples and sums once."""
+    if ranks == 1:
+        return scores
+
+    def every(values: Any) -> Any:
+        return None if values is None else values[rank::ranks]
+
+    diagonal = scores.diagonal
+    return Scores(
+        positions=every(scores.positions),
+        loss=every(scores.loss),
+        tokens=every(scores.tokens),
+        gradient=every(scores.gradient),
+        diagonal=torch.zeros_like(diagonal) if rank and diagonal is not None else diagonal,
+        diagonal_tokens=0 if rank else scores.diagonal_tokens,
+        extras=every(scores.extras),
     )
 
 

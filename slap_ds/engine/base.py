@@ -1,7 +1,8 @@
 """What both engines share: the loops over rows, and the parts they are built of.
 
 Under ZeRO-3 every forward and backward is a collective: all ranks must pass the same number of
-rows, in the same order. The trainer sees to that; short ranks pass empty rows.
+rows, in the same order. The trainer sees to that; short ranks pass empty rows. Ranks that share
+their rows (engine.sequence_parallel) pass the same ones, and each computes its part of them.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class ScoringEngine(ABC):
                 # A row that is trained meets the head first.
                 kept = keep and i == len(rows) - 1
                 with self._head_kept() if kept else nullcontext():
-                    parts.append(self._forward(row.to(self.device), "score", request))
+                    scores = self._forward(self._part(row), "score", request)
+                parts.append(self.model.split.total(scores))
         if keep:
             self._inputs().check(self.model.lm)
         self.model.train()
@@ -111,6 +113,11 @@ class ScoringEngine(ABC):
         self.forget_scoring()
         self.model.block_inputs = None
         _say_separate(reason)
+
+    def _part(self, row: PackedRow) -> PackedRow:
+        """What this rank computes of a row, on its device."""
+        split = self.model.split
+        return row.part(split.rank, split.ranks).to(self.device)
 
     def _inputs(self) -> BlockInputs:
         assert self.model.block_inputs is not None, "this model is not set up for forward reuse"
@@ -158,7 +165,7 @@ class Engine(ScoringEngine):
         for i, row in enumerate(rows):
             self.heart.beat("training a row")
             with watch("forward"), self._head_kept():  # the backward begins with it
-                part = self._forward(row.to(self.device), "train", None)
+                part = self._forward(self._part(row), "train", None)
             losses.append(part.detach().double())
             with watch("backward"):
                 self._backward(part, total_weight, last=i == len(rows) - 1)

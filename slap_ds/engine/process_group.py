@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from slap_ds.compat import collectives_log, limit_groups
+from slap_ds.compat import all_to_all, collectives_log, limit_groups
 from slap_ds.config.schema import Config
 from slap_ds.distributed.comm import Comm
 from slap_ds.distributed.heart import Heart
@@ -20,6 +21,7 @@ from slap_ds.distributed.watchdog import Watchdog
 from slap_ds.engine.build_locks import refuse_stale_locks
 from slap_ds.errors import PortTaken, RankError
 from slap_ds.launch.environment import discover
+from slap_ds.models.split import ALONE, Split
 
 # How much longer torch waits than the watchdog, seconds.
 _MARGIN_S = 3.0
@@ -32,10 +34,11 @@ def start_ranks(config: Config, dog: Watchdog | None = None) -> Comm:
         dog: is told of the other ranks, and ends this one if they leave it waiting.
 
     Raises:
-        ValueError: several ranks with the one-process engine; a launcher's variables are wrong;
-            the master port is taken; a killed build left a lock.
+        ValueError: several ranks with the one-process engine, or none that can share rows evenly; a
+            launcher's variables are wrong; the master port is taken; a killed build left a lock.
     """
     place = discover(os.environ)
+    config.engine.groups(place.world)
     heart = Heart() if dog is None else dog.heart
     if config.engine.kind == "torch":
         if place.world > 1:
@@ -70,7 +73,13 @@ def start_ranks(config: Config, dog: Watchdog | None = None) -> Comm:
         ) from error
     backend = dist.get_backend()
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else "cpu"
-    comm = Comm(dist.get_rank(), dist.get_world_size(), torch.device(device), heart=heart)
+    comm = Comm(
+        dist.get_rank(),
+        dist.get_world_size(),
+        torch.device(device),
+        sharing=config.engine.sequence_parallel,
+        heart=heart,
+    )
     if comm.world > 1:
         comm.watch(os.environ["MASTER_ADDR"])
     if dog is not None:
@@ -158,6 +167,25 @@ def logged_collectives() -> Iterator[dict[str, tuple[int, int]]]:
     for operation, by_size in log.items():
         calls = sum(int(entry[0]) for entry in by_size.values())
         found[operation] = calls, sum(int(size) * int(e[0]) for size, e in by_size.items())
+
+
+def split_rows(comm: Comm) -> Split:
+    """This rank's line to those that share its rows, in process groups that all ranks make."""
+    if comm.sharing == 1:
+        return ALONE
+    from deepspeed.sequence import layer
+
+    groups = [
+        dist.new_group(list(range(first, first + comm.sharing)))
+        for first in range(0, comm.world, comm.sharing)
+    ]
+    mine = groups[comm.group]
+
+    def total(x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=mine)
+        return x
+
+    return Split(comm.rank % comm.sharing, comm.sharing, all_to_all(layer, mine), total)
 
 
 def build_extensions() -> None:

@@ -33,7 +33,7 @@ from slap_ds.data.packing import PackedRow
 from slap_ds.distributed.comm import Comm
 from slap_ds.distributed.startup import first_on_each_node
 from slap_ds.engine.base import MOMENTS, Engine, TrainStats, load_lm, make_optimizer, prepare_blocks
-from slap_ds.engine.process_group import limit_waiting
+from slap_ds.engine.process_group import limit_waiting, split_rows
 from slap_ds.engine.tensor_files import TensorWriter, read_tensors
 from slap_ds.engine.whole_state import Key, WholeState, open_whole
 from slap_ds.models.blocks import find_blocks
@@ -86,6 +86,7 @@ class DeepSpeedEngine(Engine):
         chunk = config.scoring.chunk_on(get_accelerator().device_name())
         self.model = PackedCausalLM(lm, chunk, inputs)
         self.model.balance = RouterBalance.of(lm)
+        self.model.split = split_rows(comm)
         self.parameters, self.active_parameters = count_parameters(lm), active_parameters(lm)
         offload = settings["zero_optimization"].get("offload_optimizer") or {}
         on_host = get_accelerator().device_name() == "cpu" or offload.get("device") == "cpu"
@@ -137,7 +138,7 @@ class DeepSpeedEngine(Engine):
         thrown away and recorded anew at every step. The row adds zeros to the gradients.
         """
         self._traced = True
-        loss = self._forward(PackedRow.empty().to(self.device), "train", None)
+        loss = self._forward(self._part(PackedRow.empty()), "train", None)
         self._backward(loss, 1.0, last=False)
 
     def _whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
@@ -157,7 +158,8 @@ class DeepSpeedEngine(Engine):
         return self.engine(row, mode, request)
 
     def _backward(self, loss: Tensor, total_weight: float, last: bool) -> None:
-        # DeepSpeed averages gradients over ranks; the loss is a sum over all of them.
+        # DeepSpeed averages gradients over ranks; the loss is a sum over all of them, parts of rows
+        # that ranks share included.
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * (self.world / total_weight), scale_wrt_gas=False)
 

@@ -25,7 +25,7 @@ from slap_ds.estimate.memory import (
     memory,
 )
 from slap_ds.estimate.shape import GIB, Shape
-from slap_ds.estimate.steps import Step, row_gathers, seconds
+from slap_ds.estimate.steps import Step, exchanged_bytes, row_gathers, seconds
 from slap_ds.selection import make_selector
 
 __all__ = [
@@ -51,7 +51,8 @@ class Estimate:
 
     gpus: int
     candidates: int
-    rows: float  # that full training fills on a GPU in a step
+    rows: float  # that full training fills on a GPU in a step, alone or with those that share rows
+    exchanged_mib: float  # that a GPU sends these in a layer's forward of a row
     memory_gib: dict[str, float]
     step_s: dict[str, float]
     full_step_s: float
@@ -93,6 +94,9 @@ def estimate(
     Args:
         sample_tokens: mean tokens per candidate. response_share: share of them that is trained.
         candidates_per_gpu: N / gpus.
+
+    Raises:
+        ValueError: the GPUs do not fall into groups of `engine.sequence_parallel`.
     """
     settings: dict[str, Any] = {}  # the plain engine holds what DeepSpeed holds without ZeRO
     if config.engine.kind == "deepspeed":
@@ -112,11 +116,12 @@ def estimate(
         reuse=scores and can_reuse,
     )
     device, host = memory(config, shape, step.candidates, sample_tokens, gpus, settings, step.reuse)
-    hw = hardware or Hardware()
+    hw, row = hardware or Hardware(), config.batch.micro_batch_tokens
     return Estimate(
         gpus=gpus,
         candidates=step.candidates,
-        rows=step.candidates / gpus * sample_tokens / config.batch.micro_batch_tokens,
+        rows=step.candidates / step.groups * sample_tokens / row,
+        exchanged_mib=exchanged_bytes(config, shape, row * step.groups / gpus) / 2**20,
         memory_gib={name: size / GIB for name, size in device.items()},
         host_gib={name: size / GIB for name, size in host.items()},
         step_s=seconds(step, hw),

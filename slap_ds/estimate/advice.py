@@ -65,7 +65,8 @@ def fewest_rows(
 ) -> int:
     """Rows a rank, full training's, from which on more of them hardly make a step cheaper in
     relation to full training: by at most a tenth, up to 16 rows."""
-    per_row = FILLED * config.batch.micro_batch_tokens / sample_tokens
+    shared = config.engine.groups(gpus) / gpus
+    per_row = FILLED * config.batch.micro_batch_tokens * shared / sample_tokens
     hardware = Hardware.of(GPUS["h100"], gpus)  # slower ones wait less for their weights
     ratios = [
         estimate(

@@ -92,7 +92,8 @@ def _boundaries(
     config: Config, shape: Shape, local_tokens: float, reuse: bool
 ) -> tuple[float, float]:
     """Bytes of block inputs on a GPU and on its host."""
-    value, row = BYTES[config.model.dtype], config.batch.micro_batch_tokens
+    value, sharing = BYTES[config.model.dtype], config.engine.sequence_parallel
+    row = config.batch.micro_batch_tokens / sharing
     if not reuse:
         return float(row * shape.layers * shape.width * value), 0.0
     one = (shape.layers + 1) * shape.width * value
@@ -100,7 +101,7 @@ def _boundaries(
         return local_tokens * one, 0.0
     on_host = host_boundary_bytes(
         local_tokens,
-        config.score_row_tokens,
+        config.score_row_tokens // sharing,
         shape.layers,
         shape.width,
         value,
@@ -109,8 +110,9 @@ def _boundaries(
 
 
 def _work(config: Config, shape: Shape, n: int, settings: dict[str, Any]) -> dict[str, float]:
-    """Bytes that a row and the selection take on a GPU."""
-    value, row = BYTES[config.model.dtype], config.batch.micro_batch_tokens
+    """Bytes that a row, or a GPU's part of it, and the selection take on a GPU."""
+    value = BYTES[config.model.dtype]
+    row = config.batch.micro_batch_tokens / config.engine.sequence_parallel
     e, v = shape.width, shape.vocab
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0)

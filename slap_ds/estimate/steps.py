@@ -31,9 +31,14 @@ class Step:
         """Training on all of these candidates."""
         return replace(self, keep=1.0, scores=False, reuse=False)
 
+    @property
+    def groups(self) -> int:
+        """Of GPUs that share their rows."""
+        return self.config.engine.groups(self.gpus)
+
     def rows(self, share: float, row_tokens: int) -> int:
-        """Rows that a GPU fills with this share of its candidates."""
-        tokens = share * self.candidates / self.gpus * self.sample_tokens
+        """Rows that a GPU fills with this share of its candidates, alone or with its group."""
+        tokens = share * self.candidates / self.groups * self.sample_tokens
         return math.ceil(round(tokens / row_tokens, 6))
 
 
@@ -55,14 +60,17 @@ def seconds(step: Step, hw: Hardware) -> dict[str, float]:
     frozen = shape.trained is not None
     passes = (2 if step.reuse else 3) + recompute - frozen
     for_scores, for_training = _whole_gathers(step)
+    # Nothing hides the attention's exchanges: what follows in a layer waits for them.
+    exchange = exchanged_bytes(config, shape, local * tokens) * shape.layers / hw.gather_bytes_per_s
     train = phase(keep * (passes * forward + (3 - frozen) * head), for_training)
+    train += keep * (2 - step.reuse + recompute) * exchange  # of the backward as many bytes
     if not step.scores:
         return {"score": 0.0, "gather": 0.0, "select": 0.0, "train": train}
     doublings = math.log2(step.gpus)
     d = sketch_width(config, shape.width)
     payload = step.candidates * (4 * d + 20)
     return {
-        "score": phase(forward + 2 * head, for_scores),
+        "score": phase(forward + 2 * head, for_scores) + exchange,
         "gather": payload / hw.gather_bytes_per_s + 6 * hw.latency_s * doublings
         if step.gpus > 1
         else 0.0,
@@ -101,6 +109,17 @@ def row_gathers(
         twice = head
     kept = head if scored and trained else 0.0
     return score - (kept if shape.tied else 0.0), trained * (1 + twice) - kept
+
+
+def exchanged_bytes(config: Config, shape: Shape, tokens: float) -> float:
+    """Bytes that a GPU which holds `tokens` tokens sends in one layer's forward to those it shares
+    rows with: queries, keys, values and attention's result, all but its own share of them."""
+    sharing, text = config.engine.sequence_parallel, shape.config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = max(getattr(text, "num_key_value_heads", None) or heads, sharing)
+    width = getattr(text, "head_dim", None) or shape.width // heads
+    sent: float = 2 * (heads + kv_heads) * width * BYTES[config.model.dtype] * tokens
+    return sent * (sharing - 1) / sharing
 
 
 def _pairs(n: int, keep: float) -> float:

@@ -37,7 +37,7 @@ from slap_ds.evaluation.subject import Subject
 from slap_ds.files import write_text
 from slap_ds.jsonl import read_lines
 from slap_ds.models.load import DTYPES
-from slap_ds.train.checks import check_head, check_isolation
+from slap_ds.train.checks import check_head, check_isolation, check_sharing
 from slap_ds.train.evaluate import few_labels
 from slap_ds.train.inputs import read_inputs
 from slap_ds.train.score_pass import TurnLosses, turn_pass
@@ -145,6 +145,7 @@ def _versions() -> dict[str, str]:
 def _losses(subject: Subject, model_config: Any, store: TokenStore) -> dict[str, Any]:
     config = subject.config
     engine = make_engine(config, model_config, Comm())
+    check_sharing(engine, model_config, config.model.dtype)
     check_isolation(engine, model_config, config.model.attention)
     check_head(engine, model_config, config.model.dtype)
     turns = turn_pass(engine, Comm(), store, np.arange(len(store)), config.score_row_tokens)

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from slap_ds.compat import varlen_attention
+from slap_ds.models.split import ALONE, Split
 
 NAME = "packed"
 _packed = varlen_attention()
@@ -31,6 +32,7 @@ def packed_attention(
     *,
     sample_lengths: Sequence[int] | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    split: Split = ALONE,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -44,6 +46,8 @@ def packed_attention(
         query: (1, H, T, d); key, value: (1, H_kv, T, d), H a multiple of H_kv.
         sample_lengths: tokens of each sample, in row order; they sum to T.
         cu_seq_lens_q: (n + 1,) int32, their running sum from 0.
+        split: how the row's tokens are spread over ranks; T above is then those of the whole row,
+            and of each tensor the rank's part of it.
         sliding_window: a token sees itself and this many minus one before it; None: all.
 
     Returns: (1, T, H, d).
@@ -63,11 +67,12 @@ def packed_attention(
             "sinks, which packed attention does not: set model.attention to eager"
         )
     assert attention_mask is None, "packed attention takes its structure from the samples' lengths"
+    query, key, value = split.whole(query, key, value)
     if _packed is not None and not dropout and has_kernel(query, value):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         options = {"scale": scaling, "window_size": window}
         longest = max(sample_lengths)
-        return _varlen(query, key, value, cu_seq_lens_q, longest, options)[None], None
+        return split.own(_varlen(query, key, value, cu_seq_lens_q, longest, options)[None]), None
     parts = []
     for q, k, v in zip(
         query.split(list(sample_lengths), 2),
@@ -87,7 +92,7 @@ def packed_attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )
         parts.append(out.transpose(1, 2))
-    return torch.cat(parts, 1), None
+    return split.own(torch.cat(parts, 1)), None
 
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from slap_ds.data.packing import PackedRow
 from slap_ds.models.blocks import Checkpointing, find_blocks, own
 from slap_ds.models.experts import Mode, RouterBalance
 from slap_ds.models.reuse import BlockInputs
+from slap_ds.models.split import ALONE, Split
 from slap_ds.scoring import (
     Head,
     HeadScores,
@@ -85,6 +85,7 @@ class PackedCausalLM(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.block_inputs = block_inputs
         self.balance: RouterBalance | None = None  # set by the engine that trains
+        self.split: Split = ALONE  # set by an engine whose ranks share rows
         # Some classes name another attribute as their base, and transformers then gives the whole.
         base = lm.base_model if lm.base_model is not lm else getattr(lm, "model", None)
         if base is None:
@@ -159,7 +160,7 @@ class PackedCausalLM(nn.Module):
             "input_ids": row.input_ids,
             "position_ids": row.position_ids,
             "use_cache": False,
-            **_structure(self.lm.config, row),
+            **_structure(self.lm.config, row, self.split),
         }
 
     def loss_of_logits(self, logits: Tensor, row: PackedRow) -> Tensor:
@@ -226,17 +227,19 @@ def _response(row: PackedRow, request: ScoreRequest | None = None) -> Response:
     """The row's response tokens, and which of them count for the diagonal, if not all do."""
     sample, kept = row.response_sample, None
     if request is not None and request.token_share < 1:
-        begins = np.cumsum((0, *row.lengths))
-        position = row.positions[sample]
-        offset = torch.from_numpy(row.response - begins[sample])
+        position, offset = row.positions[sample], torch.from_numpy(row.response_offset)
         share = request.token_share
         kept = token_subset(request.seed, request.step, position, offset, share).numpy()
     return Response(row.response, sample, kept)
 
 
-def _structure(config: Any, row: PackedRow) -> dict[str, Any]:
+def _structure(config: Any, row: PackedRow, split: Split) -> dict[str, Any]:
     """What attentions that don't read `position_ids` need to keep samples apart."""
     attention = attention_of(config) or ""
+    if row.ranks > 1:  # attention sees the whole row
+        lengths = tuple(row.ranks * n for n in row.lengths)
+        ends = row.ranks * row.cu_seqlens
+        return {"sample_lengths": lengths, "cu_seq_lens_q": ends, "split": split}
     if attention == "packed":
         return {"sample_lengths": row.lengths, "cu_seq_lens_q": row.cu_seqlens}
     if attention.startswith("flash_attention"):

@@ -14,10 +14,42 @@ from slap_ds.data.packing import Candidate, make_row
 from slap_ds.engine import ScoringEngine
 from slap_ds.launch.environment import ranks_said
 from slap_ds.models.reuse import host_boundary_bytes
+from slap_ds.models.split import ALONE
 from slap_ds.scoring import ScoreRequest
 
 if TYPE_CHECKING:
     from slap_ds.train.run import Run
+
+
+def check_sharing(engine: ScoringEngine, model_config: Any, dtype: str) -> None:
+    """Refuse ranks that share rows of a model in which more than attention looks at other tokens.
+
+    What an architecture has of that kind is not always in its config. So one row is scored by
+    all ranks of a group together, and by each of them whole.
+
+    Raises:
+        ValueError: the losses differ.
+    """
+    split = engine.model.split
+    if split.ranks == 1:
+        return
+    vocab = model_config.get_text_config().vocab_size
+    ids = np.arange(1, 38) * 7919 % vocab
+    trained = np.ones(len(ids), dtype=bool)
+    row = make_row([Candidate(0, ids[:12], trained[:12]), Candidate(1, ids[12:], trained[12:])])
+    shared = engine.score([row], ScoreRequest()).loss
+    engine.model.split = ALONE
+    whole = engine.score([row], ScoreRequest()).loss
+    engine.model.split = split
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    # Weights that give no finite loss are told by the first steps.
+    if bool(((shared - whole).abs() > tolerance * whole.abs()).any()):
+        raise ValueError(
+            f"engine.sequence_parallel: {model_config.model_type} has more than attention that "
+            "looks at other tokens (a convolution, a shift, positions of its own): its losses "
+            f"are {shared.tolist()} on {split.ranks} ranks, {whole.tolist()} on one; set "
+            "engine.sequence_parallel 1"
+        )
 
 
 def check_isolation(engine: ScoringEngine, model_config: Any, attention: str) -> None:
@@ -104,7 +136,8 @@ def check_boundaries(run: Run) -> None:
     on_cpu = run.engine.device.type == "cpu"
     on_host = run.config.step.boundaries == "host" or on_cpu
     if on_host and not on_cpu:
-        need = host_boundary_bytes(local, run.config.score_row_tokens, layers, width, value)
+        row = run.config.score_row_tokens // run.comm.sharing
+        need = host_boundary_bytes(local, row, layers, width, value)
     if on_host:
         sharing = ranks_said(os.environ, "LOCAL_WORLD_SIZE", run.comm.world)
         free = psutil.virtual_memory().available / sharing

@@ -22,6 +22,7 @@ from slap_ds.data.templates import make_template
 from slap_ds.estimate import Shape
 from slap_ds.estimate.advice import FILLED, fewest_rows
 from slap_ds.models.load import check_fit, check_window, load_config, load_tokenizer
+from slap_ds.models.split import check_split
 from slap_ds.scoring import Scorer, ScoringPlan
 from slap_ds.selection import Course, Selector, make_selector
 
@@ -52,6 +53,7 @@ def read_inputs(
     model_config = load_config(config.model.path, config.model.config)
     check_fit(model_config, tokenizer, config.data.max_tokens)
     check_window(model_config, config.model.attention, config.data.max_tokens)
+    check_split(model_config, config.engine.sequence_parallel)
     width, dim = model_config.get_text_config().hidden_size, config.scoring.sketch_dim
     if dim is not None and dim >= width:
         raise ValueError(
@@ -134,7 +136,7 @@ def settle_candidates(
     if rows == "auto":
         shape = Shape.of(model_config, config.model.lora)
         rows = fewest_rows(config, shape, sample_tokens, response_share, ranks)
-    tokens = FILLED * rows * ranks * config.batch.micro_batch_tokens
+    tokens = FILLED * rows * config.engine.groups(ranks) * config.batch.micro_batch_tokens
     changes = {"candidates": max(1, round(tokens / sample_tokens)), "rows_per_rank": rows}
     return config.model_copy(update={"batch": config.batch.model_copy(update=changes)})
 
@@ -149,12 +151,22 @@ def settled(config: Config, inputs: Inputs, ranks: int) -> Config:
 
 
 def make_parts(config: Config, store: TokenStore) -> tuple[CandidateStream, Scorer, Selector]:
-    """The stream, scorer and selector of a configuration, in their starting state."""
+    """The stream, scorer and selector of a configuration, in their starting state.
+
+    Raises:
+        ValueError: the method wants a number of each sample that ranks cannot sum over its parts.
+    """
     stream = CandidateStream(
         len(store), config.batch.candidates, config.seed, steps=config.steps, epochs=config.epochs
     )
     selector = make_selector(config.selection.model_dump())
     ids, candidates = torch.from_numpy(store.sample_ids), config.batch.candidates
+    if "nuclear" in selector.needs and config.engine.sequence_parallel > 1:
+        raise ValueError(
+            f"selection.method {config.selection.method} takes the nuclear norm of a sample's "
+            "logits, which is no sum over the ranks that share it: set engine.sequence_parallel 1, "
+            "or choose another method"
+        )
     selector.begin(Course(ids, len(stream), candidates))
     scoring = config.scoring.resolved(selector.unit_sketches)
     scorer = Scorer(ScoringPlan(scoring, selector.needs, config.seed))

@@ -22,7 +22,13 @@ from slap_ds.distributed.startup import check_shared, first_on_each_node
 from slap_ds.engine import Engine, limit_waiting, make_engine, start_ranks, write_deepspeed
 from slap_ds.scoring import Scorer
 from slap_ds.selection import Selector, make_selector
-from slap_ds.train.checks import check_boundaries, check_head, check_isolation, check_reuse
+from slap_ds.train.checks import (
+    check_boundaries,
+    check_head,
+    check_isolation,
+    check_reuse,
+    check_sharing,
+)
 from slap_ds.train.inputs import Inputs, make_parts, read_inputs, settled
 from slap_ds.train.trackers import check_trackers
 
@@ -175,6 +181,7 @@ def prepare(
         check_boundaries(run)
     if newest is not None:
         _resume(run, newest)
+    check_sharing(engine, inputs.model_config, config.model.dtype)
     check_isolation(engine, inputs.model_config, config.model.attention)
     check_head(engine, inputs.model_config, config.model.dtype)
     if run.reuses and selector.needs:

@@ -70,7 +70,7 @@ def rows_pass(
     parts = []
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start : start + CHUNK]
-        share = deal([len(sample.ids) for sample in chunk], comm.world)[comm.rank]
+        share = deal([len(sample.ids) for sample in chunk], comm.groups)[comm.group]
         mine = [Candidate(int(i), chunk[i].ids, chunk[i].mask) for i in share]
         parts.append(_score(engine, comm, pack(mine, row_tokens), len(chunk), step=-1))
     return _joined(parts)
@@ -102,7 +102,7 @@ def _shares(
 ) -> Iterator[tuple[CandidateBatch, Positions]]:
     for start in range(0, len(indices), CHUNK):
         batch = CandidateBatch(store, indices[start : start + CHUNK])
-        yield batch, deal(batch.lengths, comm.world)[comm.rank]
+        yield batch, deal(batch.lengths, comm.groups)[comm.group]
 
 
 def _score(engine: Engine, comm: Comm, rows: list[PackedRow], count: int, step: int) -> Scores:

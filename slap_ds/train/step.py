@@ -37,7 +37,7 @@ class StepPlan:
     step: int
     batch: CandidateBatch  # all N candidates
     validation: CandidateBatch | None  # what the selector compares them with
-    shares: list[Positions]  # by rank: the candidates it scores
+    shares: list[Positions]  # by group of ranks: the candidates it scores
     budget: int  # M, how many are trained
     lr: float
     scores: bool  # False: the method looks at no scores, or all are trained
@@ -59,7 +59,7 @@ class StepResult:
     skipped: bool  # loss or gradients were not finite: the weights are as they were
     broken: list[tuple[int, str]]  # (sample id, reason) of the samples to blame for that
     stop: bool  # some rank was asked to save and leave
-    loads: list[float]  # trained tokens by rank
+    loads: list[float]  # by rank: trained tokens of its group
     lags_s: list[float]  # by rank: seconds for which the others waited for it
     seconds: dict[str, float]  # this rank's, by phase
     boundary_bytes: int  # block inputs that this rank held at once
@@ -79,7 +79,7 @@ def plan_step(run: Run, step: int, batch: CandidateBatch | None = None) -> StepP
         step=step,
         batch=batch,
         validation=_validation_batch(run, step) if scores else None,
-        shares=deal(batch.lengths, run.comm.world),
+        shares=deal(batch.lengths, run.comm.groups),
         budget=budget,
         lr=learning_rate(step, steps, run.config),
         scores=scores,
@@ -97,7 +97,7 @@ def score(run: Run, plan: StepPlan) -> ScoredBatch | None:
     comm, batch = run.comm, plan.batch
     with plan.watch("score"):
         validation = _score_validation(run, plan)
-        rows = batch.rows(plan.shares[comm.rank], run.config.score_row_tokens)
+        rows = batch.rows(plan.shares[comm.group], run.config.score_row_tokens)
         rows = equal_rows(comm, plan.step, "scoring rows", rows)
         local = run.engine.score(rows, run.scorer.request(plan.step), keep=plan.reuses)
     with plan.watch("gather"):
@@ -183,7 +183,7 @@ def _score_validation(run: Run, plan: StepPlan) -> Scores | None:
     batch, comm = plan.validation, run.comm
     if batch is None:
         return None
-    share = deal(batch.lengths, comm.world)[comm.rank]
+    share = deal(batch.lengths, comm.groups)[comm.group]
     rows = batch.rows(share, run.config.score_row_tokens)
     rows = equal_rows(comm, plan.step, "validation rows", rows)
     local = run.engine.score(rows, run.scorer.request(plan.step).sketch_only())
@@ -200,14 +200,14 @@ def _choose(run: Run, plan: StepPlan, scored: ScoredBatch | None) -> Selection:
         tokens=torch.from_numpy(plan.batch.lengths),
         response_tokens=torch.from_numpy(plan.batch.response_tokens),
     )
-    quotas = plan.balance == "quota" and comm.world > 1
+    quotas = plan.balance == "quota" and comm.groups > 1
     return pick(
         run.selector,
         seen,
         plan.budget,
         step_seed(run.config.seed, plan.step),
         holder=_holders(plan.shares, n) if quotas else None,
-        holders=comm.world,
+        holders=comm.groups,
         slack=run.config.step.quota_slack,
     )
 
@@ -225,8 +225,9 @@ def pick(
     """What `selector` makes of a batch whose `tokens` are known.
 
     Args:
-        holder: (N,) int64 in [0, holders), the rank that holds each candidate, where picks stay on
-            their ranks and none may get more than (1 + slack) times its share; None: anyone may.
+        holder: (N,) int64 in [0, holders), the rank (or group of ranks) that holds each candidate,
+            where picks stay there and none may get more than (1 + slack) times its share; None:
+            anyone may.
     """
     generator = torch.Generator().manual_seed(seed)
     if holder is None:
@@ -245,19 +246,19 @@ def pick(
 
 
 def _holders(shares: list[Positions], n: int) -> torch.Tensor:
-    """(N,) int64: the rank that holds each candidate."""
+    """(N,) int64: the group of ranks that holds each candidate."""
     holder = np.empty(n, dtype=np.int64)
-    for rank, share in enumerate(shares):
-        holder[share] = rank
+    for group, share in enumerate(shares):
+        holder[share] = group
     return torch.from_numpy(holder)
 
 
 def _place(plan: StepPlan, picks: Positions, comm: Comm) -> Positions:
     """The picks this rank trains: dealt out anew by tokens, or those it holds already."""
     if plan.balance == "deal":
-        mine: Positions = picks[deal(plan.batch.lengths[picks], comm.world)[comm.rank]]
+        mine: Positions = picks[deal(plan.batch.lengths[picks], comm.groups)[comm.group]]
         return mine
-    return np.intersect1d(picks, plan.shares[comm.rank])
+    return np.intersect1d(picks, plan.shares[comm.group])
 
 
 def _totals(

@@ -23,12 +23,19 @@ CASES = {
     "qwen3_moe": REUSE,
     "glm4_moe": REUSE,
 }
+SHARED = {
+    "mistral": {},
+    "qwen2": {},
+    "gpt2": {},
+    "mixtral": {"output_router_logits": False},
+    "deepseek_v3": {},
+}
 SLOW = ("gpt2 reuse", "qwen3_moe", "glm4_moe")
 
 
 def config(path: str, run_dir: Path, case: str, **sections) -> Config:
     common = {"steps": 5, "evaluation": {"max_samples": 2}}
-    return tiny_config(path, run_dir, **{**common, **CASES[case], **sections})
+    return tiny_config(path, run_dir, **{**common, **CASES.get(case, REUSE), **sections})
 
 
 @pytest.mark.parametrize(
@@ -40,6 +47,24 @@ def test_slap_on_two_ranks_is_slap_in_one_process(case, tmp_path):
     run_config(config(model, tmp_path / "torch", case, engine={"kind": "torch"}))
     run_ranks(run_config, 2, config(model, tmp_path / "ranks", case))
     assert len(picks(tmp_path / "torch")) == 5
+    assert picks(tmp_path / "ranks") == picks(tmp_path / "torch")
+    found, expected = (
+        losses(read_lines(tmp_path / n / "metrics.jsonl")) for n in ("ranks", "torch")
+    )
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-5
+    assert found[0] != found[-1]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow) if c != "mistral" else c for c in SHARED],
+)
+def test_ranks_that_share_rows_train_as_one_process(case, tmp_path):
+    """Windows, learned positions, experts, keys wider than values."""
+    model = tiny_model(tmp_path / "model", case, **SHARED[case])
+    run_config(config(model, tmp_path / "torch", case, engine={"kind": "torch"}, **REUSE))
+    shared = config(model, tmp_path / "ranks", case, engine={"sequence_parallel": 2}, **REUSE)
+    run_ranks(run_config, 2, shared)
     assert picks(tmp_path / "ranks") == picks(tmp_path / "torch")
     found, expected = (
         losses(read_lines(tmp_path / n / "metrics.jsonl")) for n in ("ranks", "torch")

@@ -124,6 +124,42 @@ def test_slap_picks_the_same_on_any_number_of_ranks(kind, models, tmp_path):
         assert max(abs(a - b) for a, b in zip(found, expected_losses, strict=True)) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["llama", pytest.param("glm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("forward", "worlds"),
+    # Of four, the first have two groups; the last copy heads of keys and values.
+    [("reuse", [(2, 2), (4, 2), (4, 4)]), ("separate", [(2, 2)])],
+)
+def test_ranks_that_share_rows_train_as_one_process(forward, worlds, kind, tmp_path):
+    """Losses, picks, evaluations and weights, by (ranks, ranks that share rows)."""
+    model = tiny_model(tmp_path / "model", kind, num_attention_heads=4, num_key_value_heads=2)
+
+    def config(name, **engine):
+        return tiny_config(
+            model,
+            tmp_path / name,
+            steps=5,
+            model={"gradient_checkpointing": True},
+            step={"forward": forward, "balance": "none"},
+            engine=engine,
+        )
+
+    expected = run_config(config("one", kind="torch"))
+    evals = [r["eval_loss"] for r in expected if r["event"] == "eval"]
+    weights = whole_weights(tmp_path / "one/checkpoints/step-000005")
+    for world, sharing in worlds:
+        name = f"{world}-{sharing}"
+        found = on_ranks(config(name, sequence_parallel=sharing), world)
+        assert picks(tmp_path / name) == picks(tmp_path / "one"), name
+        pairs = [*zip(found, losses(expected), strict=True)]
+        seen = [r["eval_loss"] for r in read(tmp_path / name) if r["event"] == "eval"]
+        pairs += zip(seen, evals, strict=True)
+        assert len(pairs) == 7
+        assert max(abs(a - b) for a, b in pairs) <= 3e-6, name
+        for key, weight in whole_weights(tmp_path / name / "checkpoints/step-000005").items():
+            assert float((weight - weights[key]).abs().max()) <= 1e-5, (name, key)
+
+
 @pytest.mark.parametrize(
     ("engine", "world", "dtype"),
     [
