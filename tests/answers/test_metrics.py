@@ -5,8 +5,8 @@ import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
-from slap_ds.evaluation import metrics
-from slap_ds.evaluation.metrics import (
+from slap_ds.answers import metrics
+from slap_ds.answers.metrics import (
     Answer,
     answer_tokens,
     distinct,
@@ -18,7 +18,7 @@ from slap_ds.evaluation.metrics import (
     sample_metrics,
     token_f1,
 )
-from slap_ds.evaluation.text import characters, language_of, needed, words_like
+from slap_ds.answers.text import characters, language_of, needed, words_like
 
 pytestmark = pytest.mark.lane
 
