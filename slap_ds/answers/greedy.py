@@ -15,7 +15,7 @@ from slap_ds.data.encoding import Template
 class Generated(NamedTuple):
     """An answer of a model."""
 
-    text: str
+    text: str  # after its thought, if it had one
     stopped: bool  # whether the model ended the answer itself
 
 
@@ -75,7 +75,12 @@ def _read(tokenizer: Any, template: Template, ids: list[int]) -> Generated:
     stops = set(template.stop_ids)
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     text: str = tokenizer.decode(ids[:end], skip_special_tokens=True)
-    return Generated(text.strip(), end < len(ids))
+    return Generated(without_thought(text), end < len(ids))
+
+
+def without_thought(text: str) -> str:
+    """What an answer says after it has thought, `<think>...</think>`."""
+    return text.rpartition("</think>")[2].strip()
 
 
 def batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:

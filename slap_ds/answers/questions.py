@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slap_ds.answers.greedy import without_thought
 from slap_ds.data.formats import Message
 from slap_ds.data.packing import Positions
 from slap_ds.data.reread import Rules, reread
@@ -64,7 +65,7 @@ def read_questions(
         references = (
             *_listed(origin.row.get("answers")),
             *_listed(origin.row.get("references")),
-            messages[last].content,
+            without_thought(messages[last].content),
         )
         found.append(
             Question(origin.position, prompt, messages[:last], tuple(dict.fromkeys(references)))

@@ -6,6 +6,7 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from slap_ds.answers import metrics
+from slap_ds.answers.greedy import without_thought
 from slap_ds.answers.metrics import (
     Answer,
     answer_tokens,
@@ -274,3 +275,10 @@ def test_a_reference_that_normalises_to_nothing_is_compared_as_it_is(reference):
         assert measure("", reference) == 0
         assert measure("another", reference) == 0
         assert measure(f" {reference.lower()} ", reference) == 1
+
+
+def test_a_thought_is_no_part_of_an_answer():
+    assert without_thought("\n<think>Paris? <b></think>\nParis. ") == "Paris."
+    assert without_thought("</think>Paris.") == "Paris."
+    assert without_thought(" 2 < 3 ") == "2 < 3"
+    assert without_thought("<think>it never ends") == "<think>it never ends"
