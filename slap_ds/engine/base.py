@@ -53,6 +53,8 @@ class TrainStats:
     boundary_bytes: int = 0  # forward reuse: block inputs this rank held at once
     # Positions in the candidate batch of samples in rows whose loss is NaN or infinite.
     broken: tuple[int, ...] = ()
+    # Mixture of experts: the routers' balance losses, weighted and summed as the loss is.
+    balance: float | None = None
 
 
 class ScoringEngine(ABC):
@@ -180,6 +182,7 @@ class Engine(ScoringEngine):
             watch.seconds(),
             boundary_bytes,
             broken,
+            None if self.model.balance is None else self.model.balance.take(),
         )
 
     @contextmanager

@@ -144,6 +144,7 @@ def numbers_of_step(metrics: Mapping[str, Any], world: int, peak: float | None) 
     further = {
         "candidate_loss": "train/candidate_loss",
         "picked_loss": "train/picked_loss",
+        "balance_loss": "train/balance_loss",
         "peak_gib": "memory/peak_gib",
     }
     numbers |= {key: metrics[name] for name, key in further.items() if name in metrics}

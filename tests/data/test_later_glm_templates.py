@@ -162,6 +162,15 @@ def test_a_thought_is_trained(source, wanted):
 
 
 @pytest.mark.parametrize(
+    ("source", "last"),
+    [(GLM_45, "\n<think></think>\nA2<|user|>"), (GLM_47, "A2<|user|>")],
+    ids=["4.5", "4.7"],
+)
+def test_an_answer_whose_thought_is_dropped_is_context(source, last):
+    assert answers(source, (*THOUGHT, *TALK[3:])) == [last]
+
+
+@pytest.mark.parametrize(
     ("source", "call", "last"),
     [
         (
