@@ -23,6 +23,7 @@ TINY: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
     },
+    "glm4": {"model_type": "glm4", "head_dim": 16, "attention_bias": True},
     "glm4_moe": {
         "model_type": "glm4_moe",
         "first_k_dense_replace": 1,
@@ -40,6 +41,19 @@ TINY: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8,
         "v_head_dim": 12,
+    },
+    "glm4_moe_lite": {
+        "model_type": "glm4_moe_lite",
+        "mlp_layer_types": ["dense", "sparse"],
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
     },
     "gpt2": {"model_type": "gpt2", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }

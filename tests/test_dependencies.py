@@ -8,6 +8,7 @@ LEAVES = {"__init__", "compat", "config", "device", "errors", "files", "jsonl", 
 ORDER = ["ops", "selection", "scoring", "data", "models", "distributed", "launch", "engine"]
 ORDER += [
     "checkpoint",
+    "answers",
     "train",
     "api",
     "hf_trainer",

@@ -60,13 +60,26 @@ def push(folder: Path, repo: str, public: bool) -> str:
         api.upload_folder(
             repo_id=found.repo_id, folder_path=folder, commit_message="Upload by slap-ds export"
         )
-    except (OSError, ValueError) as error:  # of its own kinds, all of which are one of these
+    except Exception as error:  # those of its HTTP library, which is another one now and then
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"--push {repo}: {first}; log in with `hf auth login` or HF_TOKEN, to an account that "
-            "may write there"
+            f"--push {repo}: {first}; {_remedy(error)}. What was to be uploaded is in {folder}: "
+            f"`hf upload {repo} {folder}` tries again"
         ) from None
     return str(found)
+
+
+def _remedy(error: Exception) -> str:
+    """What helps against an error of the hub's."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (400, 401, 403, 404) or isinstance(error, ValueError):
+        return (
+            "name OWNER/NAME, and log in with `hf auth login` or HF_TOKEN, to an account that may "
+            "write there"
+        )
+    if status is None:
+        return "see that HF_ENDPOINT is a hub that can be reached, and HF_HUB_OFFLINE is 0"
+    return "the hub did not take it now"
 
 
 def _public(name: str) -> str:

@@ -41,7 +41,7 @@ def export(
 
     Args:
         licence: for the model card, by a hub's name of it.
-        best: the checkpoint of the lowest evaluation, kept by checkpoint.best; not the newest.
+        best: the checkpoint of the best evaluation, kept by checkpoint.best; not the newest.
 
     Raises:
         FileNotFoundError: the run has no whole checkpoint.
@@ -93,7 +93,7 @@ def _checkpoint(run_dir: Path, best: bool) -> checkpoints.Checkpoint:
     found = next((c for c in checkpoints.find(run_dir) if c.step == step), None)
     if found is None:
         raise FileNotFoundError(
-            f"{str(run_dir)!r} keeps no checkpoint of its lowest evaluation: train with "
+            f"{str(run_dir)!r} keeps no checkpoint of its best evaluation: train with "
             "checkpoint.best, or export without --best"
         )
     checkpoints.check(found)

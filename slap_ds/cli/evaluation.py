@@ -66,7 +66,8 @@ def add(commands: Commands) -> None:
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from slap_ds.evaluation.evaluate import Answering, evaluate
+    from slap_ds.answers.questions import Answering
+    from slap_ds.evaluation.evaluate import evaluate
     from slap_ds.evaluation.show import show
     from slap_ds.evaluation.subject import open_subject
 

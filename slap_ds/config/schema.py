@@ -340,6 +340,8 @@ class Config(Section):
                 "checkpoint.best and evaluation.patience go by evaluations: set evaluation.every "
                 "and data.eval"
             )
+        if self.evaluation.answers is not None and not self.data.eval:
+            raise ValueError("evaluation.answers are answers to evaluation rows: set data.eval")
         if self.step.forward == "reuse" and self.step.balance == "deal":
             raise ValueError(
                 "step.balance deal moves picks to other ranks, step.forward reuse keeps their "

@@ -37,6 +37,8 @@ _CALLING = (
     Message("assistant", "d"),
 )
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# GLM-4.5's control token for users, which its own template writes at the end of a question.
+_NO_THOUGHT = "/nothink"
 _SHAPES = 4096  # layouts that are remembered
 
 Shape = tuple[str, tuple[Message, ...]]  # tools, and messages with slots
@@ -134,7 +136,10 @@ class OwnTemplate(Template):
 
         for number, message in enumerate(messages, 1):
             calls = [part for call in message.calls for part in (call.name, call.arguments)]
-            for text in (message.content, message.reasoning, *calls, tools):
+            content = message.content
+            if message.role == "user" and _NO_THOUGHT in self.chat_template:
+                content = content.removesuffix(_NO_THOUGHT)
+            for text in (content, message.reasoning, *calls, tools):
                 if found := self._any_special.search(text):
                     raise ValueError(
                         f"message {number} holds {found[0]!r}, which the tokenizer's own chat"

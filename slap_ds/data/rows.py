@@ -154,7 +154,13 @@ def _json_raw(path: Path, limits: Limits) -> Iterator[tuple[int, Raw]]:
             file = cast("IO[bytes]", opened)
             start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
             file.seek(0)
-            if start.startswith(b"[") and not suffix_of(path.name).startswith(".jsonl"):
+            lines_only = suffix_of(path.name).startswith(".jsonl")
+            if not lines_only and start.partition(b"\n")[0].rstrip() == b"{":
+                raise ValueError(
+                    "it holds one object over several lines: write a list of rows, or one row a "
+                    "line (.jsonl)"
+                )
+            if start.startswith(b"[") and not lines_only:
                 # A bad byte must cost its row, not the file: it stays on as half a surrogate pair.
                 data = file.read(limits.list_bytes + 1)
                 if len(data) > limits.list_bytes:

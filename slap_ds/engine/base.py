@@ -12,8 +12,8 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slap_ds.compat import whole_size
+from slap_ds.compat import attention_of, whole_size
 from slap_ds.config.schema import Config
 from slap_ds.data.packing import PackedRow
 from slap_ds.distributed.heart import Heart
 from slap_ds.engine.tensor_files import TensorWriter
 from slap_ds.engine.whole_state import Key
 from slap_ds.launch.environment import rank_said
+from slap_ds.models.attention import NAME as PACKED
 from slap_ds.models.causal import (
     PackedCausalLM,
     enable_checkpointing,
@@ -53,6 +54,8 @@ class TrainStats:
     boundary_bytes: int = 0  # forward reuse: block inputs this rank held at once
     # Positions in the candidate batch of samples in rows whose loss is NaN or infinite.
     broken: tuple[int, ...] = ()
+    # Mixture of experts: the routers' balance losses, weighted and summed as the loss is.
+    balance: float | None = None
 
 
 class ScoringEngine(ABC):
@@ -144,6 +147,7 @@ class Engine(ScoringEngine):
     hidden_size: int
     parameters: int
     active_parameters: int  # that a token meets: fewer in a mixture of experts
+    forwards_together: bool = False  # every forward is a collective
 
     def train(
         self, rows: Sequence[PackedRow], total_weight: float, lr: float, replay: bool = False
@@ -185,7 +189,30 @@ class Engine(ScoringEngine):
             watch.seconds(),
             boundary_bytes,
             broken,
+            None if self.model.balance is None else self.model.balance.take(),
         )
+
+    @contextmanager
+    def answering(self) -> Iterator[tuple[Any, bool]]:
+        """Inside, the language model may generate: it is the first thing given; the second says
+        whether every forward needs all ranks."""
+        lm, packed = self.model.lm, attention_of(self.model.lm.config) == PACKED
+        if packed:  # which knows whole samples alone
+            lm.set_attn_implementation("sdpa")
+        self.model.eval()
+        beat = lm.register_forward_pre_hook(lambda *_: self.heart.beat("answering"))
+        try:
+            with self._order_of_answers():
+                yield lm, self.forwards_together
+        finally:
+            beat.remove()
+            self.model.train()
+            if packed:
+                lm.set_attn_implementation(PACKED)
+
+    def _order_of_answers(self) -> AbstractContextManager[Any]:
+        """Inside, forwards that are not rows'."""
+        return nullcontext()
 
     @abstractmethod
     def _backward(self, loss: Tensor, total_weight: float, last: bool) -> None: ...

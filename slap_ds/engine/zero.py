@@ -110,6 +110,8 @@ class DeepSpeedEngine(Engine):
         self.settings = settings
         self._traced = False
         self._replays = second_order(self.optimizer) if self.partitioned else None
+        self._answers = second_order(self.optimizer) if self.partitioned else None
+        self.forwards_together = self.partitioned and comm.world > 1
 
     def score(self, rows: Sequence[PackedRow], request: ScoreRequest, keep: bool = False) -> Scores:
         if self.partitioned and not self._traced:
@@ -129,6 +131,14 @@ class DeepSpeedEngine(Engine):
         if not replay or self._replays is None:
             return nullcontext()
         return gathered_along(self.optimizer, self._replays)
+
+    def _order_of_answers(self) -> AbstractContextManager[None]:
+        """The tokens of an answer pass the modules so often that no order is kept of it."""
+        return (
+            nullcontext()
+            if self._answers is None
+            else gathered_along(self.optimizer, self._answers)
+        )
 
     def _record_trace(self) -> None:
         """Run an empty row forward and backward before the first scoring.

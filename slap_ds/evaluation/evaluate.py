@@ -14,7 +14,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,16 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from slap_ds.answers.greedy import batches
+from slap_ds.answers.metrics import Answer, group_metrics, sample_metrics
+from slap_ds.answers.questions import Answering, Question, read_questions
 from slap_ds.data.encoding import Template
-from slap_ds.data.formats import Message
-from slap_ds.data.packing import Positions
-from slap_ds.data.reread import reread
 from slap_ds.data.samples import Rules
 from slap_ds.data.store import TokenStore
 from slap_ds.data.templates import make_template
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine import make_engine
-from slap_ds.evaluation.answers import Answerer, batches
-from slap_ds.evaluation.metrics import Answer, group_metrics, sample_metrics
+from slap_ds.evaluation.answers import Answerer
 from slap_ds.evaluation.subject import Subject
 from slap_ds.files import write_text
 from slap_ds.jsonl import read_lines
@@ -43,26 +42,6 @@ from slap_ds.train.inputs import read_inputs
 from slap_ds.train.score_pass import TurnLosses, turn_pass
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "sacrebleu", "rouge_score", "jieba")
-
-
-@dataclass(frozen=True)
-class Answering:
-    """How many rows are answered, and how."""
-
-    samples: int | None = None  # answers per task, a fixed random subset; None: all rows, 0: none
-    max_new_tokens: int = 256
-    batch_tokens: int = 16384  # prompts, filling and answers of one batch
-    seed: int = 0  # of the subset
-
-
-@dataclass(frozen=True)
-class Question:
-    """A row to be answered."""
-
-    index: int  # in the store
-    prompt: list[int]  # token ids
-    messages: tuple[Message, ...]  # what the prompt is made of
-    references: tuple[str, ...]  # the row's `answers`, then its own answer
 
 
 def evaluate(subject: Subject, how: Answering) -> dict[str, Any]:
@@ -81,7 +60,8 @@ def evaluate(subject: Subject, how: Answering) -> dict[str, Any]:
     key = _hash(settings)
     predictions = _Predictions(out / "predictions.jsonl", key, _changed(earlier, settings))
     positions = getattr(inputs.model_config.get_text_config(), "max_position_embeddings", None)
-    questions, too_long = _questions(subject, store, template, how, positions)
+    rules = Rules.of(config.data, template)
+    questions, too_long = read_questions(store, config.data.train, rules, how, positions)
 
     result: dict[str, Any] = {
         "target": str(subject.target),
@@ -201,61 +181,6 @@ def _known_losses(earlier: Mapping[str, Any], key: str, store: TokenStore) -> di
         return None
     losses: dict[str, Any] = earlier["loss"]
     return losses
-
-
-def _questions(
-    subject: Subject,
-    store: TokenStore,
-    template: Template,
-    how: Answering,
-    positions: int | None,
-) -> tuple[list[Question], int]:
-    """The rows to be answered, and how many of the chosen ones are too long for that: their prompt
-    exceeds max_tokens, or leaves no room in the model's positions for max_new_tokens."""
-    data = subject.config.data
-    chosen = set(_subset(store, how).tolist())
-    found, too_long = [], 0
-    for origin in reread(store, data.train, Rules.of(data, template)):
-        if origin.position not in chosen:
-            continue
-        messages = origin.conversation.messages
-        last = max(i for i, message in enumerate(messages) if message.role == "assistant")
-        prompt = template.encode_prompt(messages[:last], origin.conversation.tools, messages[last])
-        longest = data.max_tokens if positions is None else positions - how.max_new_tokens
-        if len(prompt) > min(longest, data.max_tokens):
-            too_long += 1
-            continue
-        references = (
-            *_listed(origin.row.get("answers")),
-            *_listed(origin.row.get("references")),
-            messages[last].content,
-        )
-        found.append(
-            Question(origin.position, prompt, messages[:last], tuple(dict.fromkeys(references)))
-        )
-    if chosen and not found:
-        raise ValueError(
-            f"all {too_long} prompts are too long: longer than max_tokens {data.max_tokens}, or "
-            f"with --max-new-tokens {how.max_new_tokens} longer than the model's {positions} "
-            "positions"
-        )
-    return found, too_long
-
-
-def _subset(store: TokenStore, how: Answering) -> Positions:
-    """Indices to answer: of each task all, or `samples` drawn by the seed."""
-    parts = []
-    for code in range(len(store.names["task"])):
-        rows = np.flatnonzero(store.task == code)
-        if how.samples is not None and how.samples < len(rows):
-            generator = np.random.Generator(np.random.Philox(key=[how.seed, code]))
-            rows = np.sort(generator.choice(rows, how.samples, replace=False))
-        parts.append(rows)
-    return np.concatenate(parts)
-
-
-def _listed(answers: object) -> list[str]:
-    return [a for a in answers if isinstance(a, str) and a] if isinstance(answers, list) else []
 
 
 class _Predictions:

@@ -56,7 +56,8 @@ class _Pass:
 
     row: PackedRow
     mode: Mode
-    sent: dict[int, Tensor] = field(default_factory=dict)  # layer -> (n, E) tokens to each expert
+    # layer -> (2, n, E): each sample's tokens sent to each expert, the sum of their probabilities
+    seen: dict[int, Tensor] = field(default_factory=dict)
     scale: Tensor | None = None  # gradient of what is minimised with respect to the row's loss
 
 
@@ -72,7 +73,8 @@ class RouterBalance:
         self._chosen, self._coefficient = chosen, coefficient
         self._layers = len(routers)
         self._pass: _Pass | None = None
-        self._scored: dict[int, Tensor] = {}  # position -> (E,) its tokens sent, over all layers
+        self._scored: dict[int, Tensor] = {}  # position -> (2, E), `seen` summed over layers
+        self._trained: list[Tensor] = []  # of each row, its samples' balance losses as they weigh
         for layer, (router, index) in enumerate(routers):
             router.register_forward_hook(partial(self._routed, layer, index))
 
@@ -99,16 +101,27 @@ class RouterBalance:
         """Announce the row whose forward comes next; None: it ends in no gradient."""
         self._pass = _Pass(row, mode) if mode and row.where else None
         if self._pass and mode == "replay":  # its routers run in the backward alone, last first
-            self._pass.sent[-1] = torch.stack([self._scored[i] for i in row.where])
+            self._pass.seen[-1] = torch.stack([self._scored[i] for i in row.where], 1)
 
     def leave(self, result: Any) -> None:
         """The row's forward is over; of a trained row `result` is the loss."""
         now = self._pass
-        if now and now.mode == "score":
-            sent = torch.stack([*now.sent.values()]).sum(0)
-            self._scored |= dict(zip(now.row.where, sent, strict=True))
-        elif now:  # the backward begins with the loss
-            result.register_hook(partial(setattr, now, "scale"))
+        if now is None:
+            return
+        seen = torch.stack([*now.seen.values()]).sum(0)
+        if now.mode == "score":
+            self._scored |= dict(zip(now.row.where, seen.unbind(1), strict=True))
+        else:
+            result.register_hook(partial(setattr, now, "scale"))  # the backward begins with it
+            shares = seen / (self._layers * _tokens(now.row, seen.device))[:, None]
+            balance = seen.shape[2] * shares.prod(0).sum(-1)
+            self._trained.append((_weights(now.row, seen.device) * balance).sum())
+
+    def take(self) -> float:
+        """The balance losses of the samples trained since the last call, without the coefficient,
+        summed: each times the weights of its trained tokens."""
+        found, self._trained = self._trained, []
+        return float(torch.stack(found).double().sum()) if found else 0.0
 
     def _routed(self, layer: int, index: int, router: nn.Module, given: Any, out: Any) -> Any:
         """Hook: note where tokens go; where a gradient will come by, let it take ours along."""
@@ -119,10 +132,10 @@ class RouterBalance:
         logits = parts[index].flatten(0, -2)
         if now.mode != "replay":
             best = logits.detach().topk(self._chosen).indices
-            where = (now.row.sample[:, None] * logits.shape[1] + best).flatten()
-            sent = logits.new_zeros(len(now.row.where) * logits.shape[1], dtype=torch.float32)
-            sent.index_add_(0, where, torch.ones_like(where, dtype=torch.float32))
-            now.sent[layer] = sent.view(-1, logits.shape[1])
+            p = logits.detach().float().softmax(-1)
+            each = torch.stack([torch.zeros_like(p).scatter_(1, best, 1.0), p])
+            seen = p.new_zeros(2, len(now.row.where), p.shape[1])
+            now.seen[layer] = seen.index_add_(1, now.row.sample, each)
         if not logits.requires_grad:
             return out
         # Which of them the block goes on with is its own affair.
@@ -138,13 +151,23 @@ class RouterBalance:
         """Of the row's balance losses, as they enter what is minimised, by one layer's logits."""
         assert now.scale is not None, "a router's backward came before that of the loss"
         row, experts = now.row, logits.shape[-1]
-        tokens = torch.tensor(row.lengths, device=logits.device)
-        trained = np.bincount(row.response_sample, minlength=len(row.where))
-        weight = self._coefficient * now.scale * row.weights * torch.tensor(trained).to(tokens)
-        sent = torch.stack([*now.sent.values()]).sum(0)  # (n, E)
+        tokens = _tokens(row, logits.device)
+        weight = self._coefficient * now.scale * _weights(row, logits.device)
+        sent = torch.stack([*now.seen.values()]).sum(0)[0]  # (n, E)
         factor = (weight * experts / (self._layers * tokens) ** 2)[:, None] * sent
         p, pulled = logits.flatten(0, -2).float().softmax(-1), factor[row.sample]
         return (p * (pulled - (p * pulled).sum(-1, keepdim=True))).view_as(logits)
+
+
+def _tokens(row: PackedRow, device: torch.device) -> Tensor:
+    """(n,) tokens of each sample."""
+    return torch.tensor(row.lengths, device=device)
+
+
+def _weights(row: PackedRow, device: torch.device) -> Tensor:
+    """(n,) float32: of each sample, its weight times its trained tokens."""
+    trained = np.bincount(row.response_sample, minlength=len(row.where))
+    return row.weights.to(device) * torch.from_numpy(trained).to(device)
 
 
 class _Joined(torch.autograd.Function):

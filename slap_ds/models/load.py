@@ -185,12 +185,18 @@ def check_fit(model_config: Any, tokenizer: Any, max_tokens: int) -> None:
 
 
 def check_window(model_config: Any, attention: str, max_tokens: int) -> None:
-    """Refuse an attention that would not see the sliding window of this architecture.
+    """Refuse an attention that would not see the sliding window of this architecture, or has no
+    mask where the architecture chooses by it what to attend to.
 
     Raises:
-        ValueError: samples may be longer than such a window.
+        ValueError: samples may be longer than such a window; attention is sparse (GLM-5).
     """
     text = model_config.get_text_config()
+    if attention == "packed" and getattr(text, "index_topk", None):
+        raise ValueError(
+            f"{text.model_type} chooses the tokens that it attends to by a mask, which "
+            "model.attention packed has not: use model.attention sdpa"
+        )
     window = getattr(text, "sliding_window", None)
     if text.model_type not in _WINDOW_IN_MASK or attention in ("sdpa", "eager"):
         return

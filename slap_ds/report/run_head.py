@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slap_ds.config.outputs import EvaluationConfig
 from slap_ds.config.schema import Config
 from slap_ds.distributed.heart import DONE, read_heartbeat
 from slap_ds.errors import counted
@@ -17,6 +19,7 @@ from slap_ds.jsonl import read_lines
 from slap_ds.report.coverage import run_config
 from slap_ds.report.numbers import duration_text, flops_text, size_text
 from slap_ds.report.page import facts, tiles
+from slap_ds.train.evaluate import values_of
 
 Row = dict[str, Any]
 # A first rank whose heartbeat is older has ended without a word.
@@ -190,6 +193,13 @@ def date_text(time: str) -> str:
     return f"{at.day} {at:%b %Y, %H:%M} UTC"
 
 
-def best_of(evals: Sequence[Row]) -> Row:
-    """The evaluation with the lowest loss."""
-    return min(evals, key=lambda e: float("inf") if e["eval_loss"] is None else e["eval_loss"])
+def best_of(evals: Sequence[Row], how: EvaluationConfig) -> Row:
+    """The best evaluation by the run's `evaluation.metric`."""
+
+    def badness(record: Row) -> float:
+        value = values_of(record).get(how.metric)
+        if value is None:
+            return math.inf
+        return -value if how.by_answers else value
+
+    return min(evals, key=badness)

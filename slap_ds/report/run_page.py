@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from slap_ds.config.outputs import ANSWERS
 from slap_ds.report import figures
 from slap_ds.report.conversations import conversations
 from slap_ds.report.coverage import (
@@ -33,7 +34,7 @@ def run_page(log: RunLog, out: Path, known: dict[str, Labels]) -> list[str]:
     Args:
         known: what `labels_of` remembers.
     """
-    parts = [*head(log), *_curves(log, out), *_evaluations(log.evals), *_costs(log, out)]
+    parts = [*head(log), *_curves(log, out), *_evaluations(log), *_costs(log, out)]
     spread = loss_spread(log.train)
     if spread:
         path = figures.loss_histograms(out / "losses.png", {"": spread})
@@ -82,13 +83,15 @@ def _curves(log: RunLog, out: Path) -> list[str]:
     ]
 
 
-def _evaluations(evals: Sequence[Row]) -> list[str]:
+def _evaluations(log: RunLog) -> list[str]:
     """Every evaluation at its step; of each task the first, best and last."""
+    evals, how = log.evals, log.config.evaluation
     if not evals:
         return [paragraph("Nothing was evaluated: data.eval is empty.", quiet=True)]
-    best = best_of(evals)
+    best = best_of(evals, how)
+    word = "best" if how.metric == "eval_loss" else f"best by {how.metric}"
     rows = [
-        [f"{done(e):,}" if done(e) else "0, before training", e["eval_loss"], "best" * (e is best)]
+        [f"{done(e):,}" if done(e) else "0, before training", e["eval_loss"], word * (e is best)]
         for e in evals
     ]
     every = table(["after steps", "evaluation loss, nats per token", ""], rows)
@@ -104,6 +107,27 @@ def _evaluations(evals: Sequence[Row]) -> list[str]:
         *_long(f"All {len(rows)} evaluations", every, len(rows)),
         paragraph("By task, nats per token: the first, the best and the last evaluation."),
         *_long(f"All {len(tasks)} tasks", by_task, len(tasks)),
+        *_answers([e for e in evals if ANSWERS in e], best),
+    ]
+
+
+def _answers(evals: Sequence[Row], best: Row) -> list[str]:
+    """The marks of greedy answers, of the first, best and last evaluation that had any."""
+    if not evals:
+        return []
+    shown = [e for e in evals if e in (evals[0], best, evals[-1])]
+    rows = [
+        [task or "(no task)", marks["count"], name, *(e[ANSWERS][task].get(name) for e in shown)]
+        for task, marks in evals[-1][ANSWERS].items()
+        for name in marks
+        if name != "count"
+    ]
+    heads = [f"after {done(e):,} steps" for e in shown]
+    return [
+        paragraph(
+            "Greedy answers by task, as marked at evaluations: BLEU and chrF up to 100, others 1."
+        ),
+        *_long("All marks", table(["task", "answers", "", *heads], rows), len(rows)),
     ]
 
 

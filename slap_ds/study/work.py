@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from slap_ds.answers.questions import Answering
 from slap_ds.checkpoint.export import export
 from slap_ds.config.schema import Config
 from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import start_ranks, stop_ranks
-from slap_ds.evaluation.evaluate import Answering, evaluate
+from slap_ds.evaluation.evaluate import evaluate
 from slap_ds.evaluation.reference import write_losses
 from slap_ds.evaluation.subject import open_subject
 from slap_ds.files import write_text

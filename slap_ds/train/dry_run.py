@@ -21,6 +21,7 @@ from slap_ds.estimate.outlook import Outlook, Tokens, outlook
 from slap_ds.launch.environment import ranks_said
 from slap_ds.models.load import check_weights
 from slap_ds.selection import make_selector
+from slap_ds.train.exam import read_exam
 from slap_ds.train.inputs import Inputs, make_parts, read_inputs, settled
 from slap_ds.train.schedule import budget_at
 from slap_ds.train.trackers import check_trackers
@@ -52,6 +53,7 @@ def dry_run(config: Config, gpus: int | None = None) -> DryRun:
     # The folder of a run that has begun keeps the rejects of what it trains on.
     begun = (run_dir / "metrics.jsonl").exists()
     inputs = read_inputs(config, write_rejects=not begun)
+    exam = read_exam(config, inputs) if config.evaluation.answers else None
     fetched = config.model.path is not None and not check_weights(config.model.path)
     gpus = gpus or ranks_said(os.environ, "WORLD_SIZE", 0) or torch.cuda.device_count() or 1
     config = settled(config, inputs, gpus)
@@ -68,6 +70,7 @@ def dry_run(config: Config, gpus: int | None = None) -> DryRun:
     facts = {
         "training samples": f"{len(train):,}",
         "evaluation samples": f"{len(inputs.eval) if inputs.eval else 0:,}",
+        **({"answered samples": f"{len(exam.questions):,}"} if exam else {}),
         "tokens": f"{int(lengths.sum()):,}",
         "trained tokens": f"{int(train.trained_tokens.sum()):,}",
         "rejected rows": _rejects(inputs, run_dir, begun),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from slap_ds.config.outputs import ANSWERS
 from slap_ds.data.store import TokenStore
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine import Engine
@@ -65,21 +66,29 @@ def evaluate_loss(
 
 
 def value_of(result: Mapping[str, Any], metric: str) -> float:
-    """The number that `metric` names in what `evaluate_loss` gave, such as eval_loss_by_task.qa.
+    """The number that `metric` names in an evaluation's record, such as eval_loss_by_task.qa or
+    answers_by_task.qa.f1.
 
     Raises:
         ValueError: it names none; says which there are.
     """
-    group, _, name = metric.partition(".")
-    found = result.get(group)
-    value = found.get(name) if isinstance(found, Mapping) else None if name else found
-    if not isinstance(value, float):
-        known = [f"{key}.{each}" for key, x in result.items() if isinstance(x, dict) for each in x]
-        known = [each for each in known if each.startswith("eval_loss_by_")]
+    known = values_of(result)
+    if metric not in known:
+        first, *others = known
         raise ValueError(
-            f"evaluation.metric is {metric!r}, expected eval_loss or one of {', '.join(known)}"
+            f"evaluation.metric is {metric!r}, expected {first} or one of {', '.join(others)}"
         )
-    return value
+    return known[metric]
+
+
+def values_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """Every number in an evaluation's record by its name as a metric."""
+    known = {"eval_loss": result["eval_loss"]}
+    for group in ("eval_loss_by_task", "eval_loss_by_source"):
+        known |= {f"{group}.{name}": value for name, value in result.get(group, {}).items()}
+    for task, marks in result.get(ANSWERS, {}).items():
+        known |= {f"{ANSWERS}.{task}.{name}": x for name, x in marks.items() if name != "count"}
+    return known
 
 
 def few_labels(

@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from slap_ds import __version__
+from slap_ds.config.outputs import ANSWERS
 from slap_ds.jsonl import JsonLines, read_lines
 from slap_ds.train.chain import KEY, chained, last_link
 from slap_ds.train.progress import Progress
@@ -97,7 +98,7 @@ class Journal:
         self.progress.advance(record.metrics)
 
     def evaluation(self, step: int, result: dict[str, Any]) -> None:
-        """What `evaluate_loss` gave after `step`; nothing where there are no evaluation data."""
+        """What an evaluation gave after `step`; nothing where there are no evaluation data."""
         samples = result.pop("samples", None)
         if samples:
             self._write("eval_samples", {"step": step, **samples})
@@ -106,13 +107,16 @@ class Journal:
             if self._trackers is not None:
                 self._trackers.evaluation({"step": step, **result})
             self.progress.note(f"evaluation loss {result['eval_loss']:.4f} nats per token")
+            for task, marks in result.get(ANSWERS, {}).items():
+                told = ", ".join(f"{name} {x:.4g}" for name, x in marks.items())
+                self.progress.note(f"answers, {task or 'no task'}: {told}")
 
     def ended_early(self) -> None:
         """No step follows, though some were planned."""
         best, metric = self.run.state.best, self.run.config.evaluation.metric
         when = "was never finite"
         if best.value is not None:
-            when = f"was lowest after step {best.step} ({best.value:.4f})"
+            when = f"was best after step {best.step} ({best.value:.4f})"
         self.progress.note(
             f"ends early: {metric} {when}, and not in {best.waited} evaluations since"
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from slap_ds import jsonl
+from slap_ds.config.outputs import ANSWERS
 from slap_ds.train.evaluate import evaluate_loss, value_of
 from slap_ds.train.journal import Journal
 from slap_ds.train.record import step_record
@@ -72,29 +73,34 @@ def run_due(run: Run, step: int, stop: bool, journal: Journal) -> bool:
 
 
 def evaluated(run: Run, step: int, journal: Journal) -> bool:
-    """Evaluate after `step` and write it down; returns whether no evaluation before was as low."""
-    result = evaluate(run, step)
+    """Evaluate after `step` and write it down; returns whether no evaluation before was as good."""
+    result, how = evaluate(run, step), run.config.evaluation
     better = False
-    if result:
-        value = value_of(result, run.config.evaluation.metric)
-        better = step >= 0 and run.state.best.note(step + 1, value)
+    if result and (ANSWERS in result or not how.by_answers):
+        value = value_of(result, how.metric)
+        better = step >= 0 and run.state.best.note(step + 1, value, higher=how.by_answers)
     journal.evaluation(step, result)
     return better
 
 
 def evaluate(run: Run, step: int) -> dict[str, Any]:
-    """The losses on the evaluation data after `step`; {} if there are none."""
+    """The losses on the evaluation data after `step`, and answers where they are due; {} if there
+    are no data."""
+    how, last = run.config.evaluation, step == len(run.stream) - 1
     if run.inputs.eval is None:
         return {}
-    return evaluate_loss(
+    losses = evaluate_loss(
         run.engine,
         run.comm,
         run.inputs.eval,
         step=step,
         row_tokens=run.config.score_row_tokens,
-        max_samples=run.config.evaluation.max_samples,
-        keep_losses=run.config.evaluation.keep_losses,
+        max_samples=how.max_samples,
+        keep_losses=how.keep_losses,
     )
+    if run.exam is None or not how.answers_at(step, last):
+        return losses
+    return losses | run.exam.take(run.engine, run.comm, step)
 
 
 def save(run: Run, step: int) -> None:

@@ -69,6 +69,8 @@ def step_record(
         **_slowest(result.lags_s),
         **selection.stats,
     }
+    if result.balance is not None:
+        metrics["balance_loss"] = result.balance
     if result.skipped:
         metrics["skipped"] = True
     if scored is not None:

@@ -29,22 +29,28 @@ from slap_ds.train.checks import (
     check_reuse,
     check_sharing,
 )
+from slap_ds.train.exam import Exam, read_exam
 from slap_ds.train.inputs import Inputs, make_parts, read_inputs, settled
 from slap_ds.train.trackers import check_trackers
 
 
 @dataclass
 class Best:
-    """The lowest evaluation so far, of those after a step."""
+    """The best evaluation so far, of those after a step."""
 
     step: int = 0  # how many were done; 0: there was no evaluation yet
     value: float | None = None
     waited: int = 0  # evaluations in a row since then
+    metric: str = ""  # what `value` is of
 
-    def note(self, step: int, value: float) -> bool:
-        """An evaluation after `step` steps; returns whether it is the lowest."""
-        lower = self.value is None or value < self.value
-        if lower and math.isfinite(value):
+    def note(self, step: int, value: float, higher: bool) -> bool:
+        """An evaluation after `step` steps; returns whether it is the best.
+
+        Args:
+            higher: values are better than lower ones.
+        """
+        better = self.value is None or (value > self.value if higher else value < self.value)
+        if better and math.isfinite(value):
             self.step, self.value, self.waited = step, value, 0
             return True
         self.waited += 1
@@ -70,10 +76,12 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Continue after `step` steps."""
+        """Continue after `step` steps; what was best by another metric is forgotten."""
         self.step, self.totals = step, dict(state["totals"])
         self.owes_evaluation = bool(state.get("owes_evaluation"))
-        self.best = Best(**state.get("best", {}))
+        best = Best(**{"metric": self.best.metric, **state.get("best", {})})
+        if best.metric == self.best.metric:
+            self.best = best
 
 
 @dataclass
@@ -89,12 +97,14 @@ class Run:
     selector: Selector
     state: TrainState = field(default_factory=TrainState)
     changed: dict[str, list[Any]] = field(default_factory=dict)  # since the checkpoint: [was, is]
+    exam: Exam | None = None  # with evaluation.answers
 
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
         kept = self.config.checkpoint
         self.saver = Saver(self.run_dir, self.comm, kept.keep_last, kept.background)
+        self.state.best.metric = self.config.evaluation.metric
 
     @property
     def run_dir(self) -> Path:
@@ -173,10 +183,13 @@ def prepare(
     if newest is not None:
         facts = facts_of(config, inputs.model_config, inputs.train.fingerprint)
         check_matches(newest, comm.world, facts, config.checkpoint.reshard)
+    exam = None
+    if config.evaluation.answers is not None:
+        exam = first_on_each_node(comm, "the questions", lambda _: read_exam(config, inputs))
     comm.heart.beat("building the engine")
     tell(f"loading {config.model.path or 'a fresh model'}")
     engine = make_engine(config, inputs.model_config, comm)
-    run = Run(config, comm, inputs, engine, stream, scorer, selector)
+    run = Run(config, comm, inputs, engine, stream, scorer, selector, exam=exam)
     if run.reuses and selector.needs:
         check_boundaries(run)
     if newest is not None:

@@ -56,6 +56,7 @@ class StepResult:
 
     loss: float  # nats per trained token, weighted
     grad_norm: float  # before clipping
+    balance: float | None  # mixture of experts: the routers' balance loss, weighted as `loss`
     skipped: bool  # loss or gradients were not finite: the weights are as they were
     broken: list[tuple[int, str]]  # (sample id, reason) of the samples to blame for that
     stop: bool  # some rank was asked to save and leave
@@ -143,7 +144,8 @@ def train_on(run: Run, plan: StepPlan, selection: Selection) -> StepResult:
         stats = run.engine.train(rows, total_weight, plan.lr, replay=plan.reuses)
     plan.watch.stop("step")
     seconds = {**plan.watch.seconds(), **stats.seconds}
-    loss, loads, lags_s, stop = _totals(comm, step, stats.loss, int(batch.lengths[mine].sum()))
+    sums = [stats.loss, stats.balance or 0.0]
+    (loss, balance), loads, lags_s, stop = _totals(comm, step, sums, int(batch.lengths[mine].sum()))
     # The engines leave the weights as they were, on all ranks alike.
     skipped = not math.isfinite(loss) or math.isinf(stats.grad_norm)
     run.state.skipped = run.state.skipped + 1 if skipped else 0
@@ -151,6 +153,7 @@ def train_on(run: Run, plan: StepPlan, selection: Selection) -> StepResult:
     return StepResult(
         loss=loss / total_weight,
         grad_norm=stats.grad_norm,
+        balance=None if stats.balance is None else balance / total_weight,
         skipped=skipped,
         broken=broken,
         stop=stop,
@@ -262,21 +265,21 @@ def _place(plan: StepPlan, picks: Positions, comm: Comm) -> Positions:
 
 
 def _totals(
-    comm: Comm, step: int, loss: float, tokens: int
-) -> tuple[float, list[float], list[float], bool]:
-    """The loss summed over ranks; each rank's trained tokens; the seconds each rank held the
+    comm: Comm, step: int, sums: list[float], tokens: int
+) -> tuple[list[float], list[float], list[float], bool]:
+    """`sums` summed over ranks; each rank's trained tokens; the seconds each rank held the
     others up; whether any rank was asked to stop."""
-    bits = np.asarray([loss], dtype=np.float64).view(np.int64)
+    bits = np.asarray(sums, dtype=np.float64).view(np.int64).tolist()
     waited_us = int(comm.waited_s * 1e6)
     comm.waited_s = 0.0
     frozen_us = int(comm.heart.take_frozen() * 1e6)
-    values = [int(bits[0]), tokens, waited_us, frozen_us, comm.heart.stop]
+    values = [tokens, waited_us, frozen_us, comm.heart.stop, *bits]
     table = comm.exchange(step, "step totals", values)
-    losses = np.ascontiguousarray(table[:, 0]).view(np.float64)
+    whole = np.ascontiguousarray(table[:, 4:]).view(np.float64).sum(0)
     # Whoever waits least for the others is the one they wait for.
-    lags = np.maximum(table[:, 2].max() - table[:, 2], table[:, 3]) / 1e6
-    loads = table[:, 1].astype(float).tolist()
-    return float(losses.sum()), loads, lags.tolist(), bool(table[:, 4].any())
+    lags = np.maximum(table[:, 1].max() - table[:, 1], table[:, 2]) / 1e6
+    loads = table[:, 0].astype(float).tolist()
+    return whole.tolist(), loads, lags.tolist(), bool(table[:, 3].any())
 
 
 def _broken_rows(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from slap_ds.config.outputs import ANSWERS
 from slap_ds.config.schema import Config
 from slap_ds.engine.peak import peak_of
 from slap_ds.files import write_text
@@ -143,6 +144,7 @@ def numbers_of_step(metrics: Mapping[str, Any], world: int, peak: float | None) 
     further = {
         "candidate_loss": "train/candidate_loss",
         "picked_loss": "train/picked_loss",
+        "balance_loss": "train/balance_loss",
         "peak_gib": "memory/peak_gib",
     }
     numbers |= {key: metrics[name] for name, key in further.items() if name in metrics}
@@ -155,10 +157,18 @@ def numbers_of_step(metrics: Mapping[str, Any], world: int, peak: float | None) 
 
 def numbers_of_evaluation(record: Mapping[str, Any]) -> dict[str, float]:
     """The documented keys of an evaluation's record."""
-    by_task = record.get("eval_loss_by_task", {})
-    # What MLflow, the strictest, takes in a key; none may go on where another one ends.
-    named = {re.sub(r"[^\w .:/-]", "_", task, flags=re.ASCII): x for task, x in by_task.items()}
-    return {"eval/loss": record["eval_loss"], **{f"eval/task/{t}": x for t, x in named.items()}}
+    numbers = {"eval/loss": record["eval_loss"]}
+    for task, loss in record.get("eval_loss_by_task", {}).items():
+        numbers[f"eval/task/{_in_a_key(task)}"] = loss
+    for task, marks in record.get(ANSWERS, {}).items():
+        name = _in_a_key(task)
+        numbers |= {f"eval/answers/{name}/{metric}": value for metric, value in marks.items()}
+    return numbers
+
+
+def _in_a_key(name: str) -> str:
+    """As MLflow, the strictest, takes it; no key may go on where another one ends."""
+    return re.sub(r"[^\w .:/-]", "_", name, flags=re.ASCII)
 
 
 def settings_of(config: Config) -> dict[str, Any]:

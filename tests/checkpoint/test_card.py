@@ -9,8 +9,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 
+from slap_ds.checkpoint import card
 from slap_ds.checkpoint.card import _public
 from slap_ds.checkpoint.export import export
 from slap_ds.jsonl import read_lines
@@ -28,11 +29,12 @@ def run(tmp_path_factory):
 
 
 def test_the_card_says_what_was_trained(run, tmp_path):
-    card = ModelCard.load(export(run, tmp_path / "model", licence="apache-2.0") / "README.md")
-    assert card.data.license == "apache-2.0"
-    assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == "text-generation"
-    assert card.data.base_model is None  # a folder of this machine is none of a hub's
+    made = export(run, tmp_path / "model", licence="apache-2.0")
+    found = ModelCard.load(made / "README.md")
+    assert found.data.license == "apache-2.0"
+    assert found.data.library_name == "transformers"
+    assert found.data.pipeline_tag == "text-generation"
+    assert found.data.base_model is None  # a folder of this machine is none of a hub's
     evaluations = [r for r in read_lines(run / "metrics.jsonl") if r["event"] == "eval"]
     first, last = (f"{evaluations[at]['eval_loss']:.4f}" for at in (0, -1))
     for told in (
@@ -45,8 +47,8 @@ def test_the_card_says_what_was_trained(run, tmp_path):
         f"| all | {first} | {last} |",
         "transformers 5",
     ):
-        assert told in card.text, told
-    assert str(run.parent) not in card.content
+        assert told in found.text, told
+    assert str(run.parent) not in found.content
     plain = ModelCard.load(export(run, tmp_path / "other") / "README.md")
     assert plain.data.license is None
     assert "No licence is stated" in plain.text
@@ -67,8 +69,9 @@ class Hub(BaseHTTPRequestHandler):
         hub.tokens.add(self.headers["Authorization"])
         if self.path == "/api/repos/create":
             hub.created = json.loads(body)
-        if hub.refuses:
-            return self.answer(403, {"error": "you may not write here"})
+        code = hub.refusals.get(self.path)
+        if code is not None:
+            return self.answer(code, {"error": "not for you"})
         if self.path == "/api/repos/create":
             return self.answer(200, {"url": f"{hub.address}/me/mine"})
         if self.path.endswith("/preupload/main"):
@@ -103,7 +106,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
-    server.tokens, server.files, server.created, server.refuses = set(), {}, None, False
+    server.tokens, server.files, server.created, server.refusals = set(), {}, None, {}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -111,8 +114,8 @@ def hub():
     server.server_close()
 
 
-def push(run, out, hub, *flags):
-    environ = {**os.environ, "HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_ours"}
+def push(run, out, address, *flags):
+    environ = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": "hf_ours"}
     environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     command = [sys.executable, "-m", "slap_ds", "export", str(run), "--out", str(out), *flags]
@@ -120,7 +123,7 @@ def push(run, out, hub, *flags):
 
 
 def test_push_uploads_the_folder_as_it_is(run, tmp_path, hub):
-    done = push(run, tmp_path / "model", hub, "--push", "me/mine")
+    done = push(run, tmp_path / "model", hub.address, "--push", "me/mine")
     assert done.returncode == 0, done.stderr
     assert f"pushed to {hub.address}/me/mine" in done.stdout
     assert hub.created["name"] == "mine"
@@ -130,3 +133,46 @@ def test_push_uploads_the_folder_as_it_is(run, tmp_path, hub):
     assert hub.files == files
     assert {"README.md", "config.json", "model.safetensors", "slap_ds.json"} <= set(files)
     assert not [name for name, data in files.items() if b"hf_ours" in data]
+
+
+CREATE, UPLOAD = "/api/repos/create", "/api/models/me/mine/commit/main"
+NOT_NOW, LOG_IN, REACH = "did not take it now", "hf auth login", "is a hub that can be reached"
+
+
+@pytest.mark.parametrize(
+    ("refusals", "told", "remedy"),
+    [
+        ({UPLOAD: 401}, "401", LOG_IN),
+        ({UPLOAD: 403}, "403", LOG_IN),
+        ({CREATE: 404}, "404", LOG_IN),
+        ({CREATE: 409}, "", REACH),  # a hub that does not say which repository is there already
+        ({UPLOAD: 409}, "409", NOT_NOW),
+        ({UPLOAD: 429}, "429", NOT_NOW),
+        ({CREATE: 500}, "500", NOT_NOW),
+        ({UPLOAD: 503}, "503", NOT_NOW),
+    ],
+)
+def test_a_hub_that_refuses(refusals, told, remedy, hub, tmp_path, monkeypatch):
+    hub.refusals = refusals
+    (tmp_path / "README.md").write_text("mine")
+    monkeypatch.setattr(card, "HfApi", lambda: HfApi(endpoint=hub.address, token="hf_ours"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(ValueError, match=r"^--push me/mine: ") as caught:
+        card.push(tmp_path, "me/mine", public=False)
+    text = str(caught.value)
+    assert told in text
+    assert remedy in text
+    assert text.endswith(f"is in {tmp_path}: `hf upload me/mine {tmp_path}` tries again")
+    assert "\n" not in text
+    assert "hf_ours" not in text
+
+
+def test_what_could_not_be_pushed_is_exported(run, tmp_path):
+    done = push(run, tmp_path / "model", "http://127.0.0.1:9", "--push", "me/mine")
+    assert done.returncode == 1
+    assert f"wrote {tmp_path / 'model'}: step 2 of 2" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("slap-ds: error: --push me/mine: ")
+    assert REACH in line
+    assert (tmp_path / "model" / "model.safetensors").exists()

@@ -45,6 +45,21 @@ def test_a_json_file_may_hold_lines(tmp_path: Path) -> None:
     assert list(rejects(path)) == [3]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("rows", [ROW, {"data": [ROW]}])
+def test_one_object_over_many_lines_is_told_as_such(
+    tmp_path: Path, rows: object, indent: int | None
+) -> None:
+    """On one line it is a row, good or bad."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, indent=indent))
+    if indent is None:
+        assert len(list(read_conversations([str(path)]))) == 1
+        return
+    with pytest.raises(ValueError, match=r"rows\.json: .* one object over several lines: write a"):
+        list(read_conversations([str(path)]))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [

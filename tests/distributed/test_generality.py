@@ -21,7 +21,9 @@ CASES = {
     "gpt2 reuse": REUSE,
     "mixtral": REUSE,  # with its routers' balance loss
     "qwen3_moe": REUSE,
+    "glm4": REUSE,
     "glm4_moe": REUSE,
+    "glm4_moe_lite": REUSE,
 }
 SHARED = {
     "mistral": {},
@@ -30,7 +32,7 @@ SHARED = {
     "mixtral": {"output_router_logits": False},
     "deepseek_v3": {},
 }
-SLOW = ("gpt2 reuse", "qwen3_moe", "glm4_moe")
+SLOW = ("gpt2 reuse", "qwen3_moe", "glm4_moe", "glm4_moe_lite")
 
 
 def config(path: str, run_dir: Path, case: str, **sections) -> Config:
@@ -48,11 +50,14 @@ def test_slap_on_two_ranks_is_slap_in_one_process(case, tmp_path):
     run_ranks(run_config, 2, config(model, tmp_path / "ranks", case))
     assert len(picks(tmp_path / "torch")) == 5
     assert picks(tmp_path / "ranks") == picks(tmp_path / "torch")
-    found, expected = (
-        losses(read_lines(tmp_path / n / "metrics.jsonl")) for n in ("ranks", "torch")
-    )
+    steps = [read_lines(tmp_path / n / "metrics.jsonl") for n in ("ranks", "torch")]
+    found, expected = map(losses, steps)
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-5
     assert found[0] != found[-1]
+    balances = [[r["balance_loss"] for r in each if "balance_loss" in r] for each in steps]
+    assert len(balances[0]) == (5 if case == "mixtral" else 0)  # whose config asks for it
+    assert balances[0] == pytest.approx(balances[1], abs=1e-5)
+    assert len(set(balances[0])) == len(balances[0])
 
 
 @pytest.mark.parametrize(
@@ -73,8 +78,8 @@ def test_ranks_that_share_rows_train_as_one_process(case, tmp_path):
     assert found[0] != found[-1]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "glm4_moe"])
-def test_a_mixture_of_experts_trains_the_same_bits_reused_or_not(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "glm4", "glm4_moe", "glm4_moe_lite"])
+def test_experts_and_later_glms_train_the_same_bits_reused_or_not(kind, tmp_path):
     model = tiny_model(tmp_path / "model", kind)
     curves = []
     for forward in ("separate", "reuse"):

@@ -100,6 +100,32 @@ def test_replayed_rows_have_the_same_gradients(kind):
     same_gradients(lm, by_transformers(kind, (2, 0)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_value_is_that_of_transformers(kind):
+    """Summed over the samples, each times the weights of its trained tokens."""
+    lm = balanced(kind).train()
+    model = packed(lm, inputs := install(lm))
+    model(make_row(samples()), "train")
+    trained = model.balance.take()
+    assert model.balance.take() == 0.0
+    inputs.start_scoring()
+    with torch.no_grad():
+        model(make_row(samples()), "score", ScoreRequest())
+    row = make_row([samples()[2], samples()[0]])
+    inputs.start_replay([row])
+    model(row, "train")
+    replayed = model.balance.take()
+    inputs.stop()
+    lm.set_attn_implementation("eager")
+    with torch.no_grad():
+        values = [
+            float(lm(torch.tensor(s.ids)[None].long()).aux_loss) * s.weight * int(s.mask[1:].sum())
+            for s in samples()
+        ]
+    assert trained == pytest.approx(sum(values), rel=1e-5)
+    assert replayed == pytest.approx(values[2] + values[0], rel=1e-5)
+
+
 def test_no_balance_loss_is_trained_that_was_not_asked_for():
     lm = small("mixtral", router_aux_loss_coef=COEFFICIENT)
     assert packed(lm).balance is None

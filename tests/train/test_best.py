@@ -65,7 +65,7 @@ def test_a_run_ends_after_so_many_evaluations_that_were_not_lower(path, tmp_path
     curve([9.0, 5.0, 3.0, 3.0, 4.0])
     run_config(config(path, tmp_path / "run", evaluation={"patience": 2}))
     assert steps(tmp_path / "run") == [8]
-    told = "ends early: eval_loss was lowest after step 4 (3.0000), and not in 2 evaluations since"
+    told = "ends early: eval_loss was best after step 4 (3.0000), and not in 2 evaluations since"
     assert told in " ".join(capfd.readouterr().err.split())
     run_config(config(path, tmp_path / "run", evaluation={"patience": 2}))  # nothing is left to do
     assert len(picks(tmp_path / "run")) == 8
@@ -136,5 +136,5 @@ def test_without_evaluations_there_is_no_best(path, tmp_path):
         config(path, tmp_path, checkpoint={"best": True}, evaluation={"every": 0})
     never = {"engine": {"kind": "torch"}, "data": {"eval": []}}
     run_config(tiny_config(path, tmp_path / "run", steps=1, **never))
-    with pytest.raises(FileNotFoundError, match="keeps no checkpoint of its lowest evaluation"):
+    with pytest.raises(FileNotFoundError, match="keeps no checkpoint of its best evaluation"):
         export(tmp_path / "run", tmp_path / "best", best=True)

@@ -103,7 +103,9 @@ def documented():
 
 def test_every_tracker_gets_the_documented_keys(model, tmp_path, monkeypatch):
     told = Told(monkeypatch)
-    run = config(model, tmp_path / "run", "wandb", "mlflow", "trackio", tracking={"name": "it"})
+    how = {"max_samples": 8, "answers": {"samples": 1, "max_new_tokens": 4}}
+    names = ("wandb", "mlflow", "trackio")
+    run = config(model, tmp_path / "run", *names, tracking={"name": "it"}, evaluation=how)
     run_config(run)
     patterns = documented()
     assert len(patterns) > 15
@@ -115,7 +117,8 @@ def test_every_tracker_gets_the_documented_keys(model, tmp_path, monkeypatch):
         for key in keys:
             assert any(pattern.fullmatch(key) for pattern in patterns.values()), key
         lacking = {row for row, known in patterns.items() if not any(map(known.fullmatch, keys))}
-        assert lacking == {"memory/peak_gib", "speed/mfu"}, name  # of a GPU
+        # Of a GPU, and of a mixture of experts.
+        assert lacking == {"memory/peak_gib", "speed/mfu", "train/balance_loss"}, name
     assert told.logs["wandb"] == told.logs["trackio"] == told.logs["mlflow"]
     assert sorted(told.ended) == ["mlflow", "trackio", "wandb"]
     named = dict(told.begun)
@@ -128,7 +131,8 @@ def test_every_tracker_gets_the_documented_keys(model, tmp_path, monkeypatch):
 
 def test_the_numbers_are_those_of_the_files(model, tmp_path, monkeypatch):
     told = Told(monkeypatch)
-    run_config(config(model, tmp_path / "run", "wandb"))
+    how = {"answers": {"samples": 1, "max_new_tokens": 4}}
+    run_config(config(model, tmp_path / "run", "wandb", evaluation=how))
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     steps = [r for r in records if r["event"] == "train"]
     logs = [values for _, values in told.logs["wandb"] if "train/loss" in values]
@@ -151,6 +155,8 @@ def test_the_numbers_are_those_of_the_files(model, tmp_path, monkeypatch):
     assert told.logs["wandb"][-1][1]["eval/loss"] == last["eval_loss"]
     for task, loss in last["eval_loss_by_task"].items():
         assert told.logs["wandb"][-1][1][f"eval/task/{task}"] == loss
+    marks = last["answers_by_task"]["general"]
+    assert told.logs["wandb"][-1][1]["eval/answers/general/rouge_l"] == marks["rouge_l"]
 
 
 def test_the_picked_loss_is_that_of_the_picks(model, tmp_path):

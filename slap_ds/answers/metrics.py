@@ -19,7 +19,7 @@ from decimal import Decimal
 from itertools import zip_longest
 from typing import Any
 
-from slap_ds.evaluation.text import (
+from slap_ds.answers.text import (
     Words,
     characters,
     characters_apart,

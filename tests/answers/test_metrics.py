@@ -5,8 +5,9 @@ import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
-from slap_ds.evaluation import metrics
-from slap_ds.evaluation.metrics import (
+from slap_ds.answers import metrics
+from slap_ds.answers.greedy import without_thought
+from slap_ds.answers.metrics import (
     Answer,
     answer_tokens,
     distinct,
@@ -18,7 +19,7 @@ from slap_ds.evaluation.metrics import (
     sample_metrics,
     token_f1,
 )
-from slap_ds.evaluation.text import characters, language_of, needed, words_like
+from slap_ds.answers.text import characters, language_of, needed, words_like
 
 pytestmark = pytest.mark.lane
 
@@ -274,3 +275,10 @@ def test_a_reference_that_normalises_to_nothing_is_compared_as_it_is(reference):
         assert measure("", reference) == 0
         assert measure("another", reference) == 0
         assert measure(f" {reference.lower()} ", reference) == 1
+
+
+def test_a_thought_is_no_part_of_an_answer():
+    assert without_thought("\n<think>Paris? <b></think>\nParis. ") == "Paris."
+    assert without_thought("</think>Paris.") == "Paris."
+    assert without_thought(" 2 < 3 ") == "2 < 3"
+    assert without_thought("<think>it never ends") == "<think>it never ends"
