@@ -53,7 +53,7 @@ TINY |= {"row_tokens": 512, "hf_batch": 4, "rounds": 1, "starts": 1, "limit_s": 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
-    names = list(TITLES)
+    names = [name for name in TITLES if name in {"bare", *options.peers}]
     if missing := [n for n in ("trl", "datasets") if importlib.util.find_spec(n) is None]:
         print(f"{' and '.join(missing)} not installed: TRL's rows are left out", flush=True)
         names = [name for name in names if not name.startswith("trl")]
@@ -92,6 +92,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=512, help="longest sample")
     parser.add_argument("--row-tokens", type=int, default=1024, help="of a packed row")
     parser.add_argument("--hf-batch", type=int, default=8, help="samples of a padded batch")
+    parser.add_argument(
+        "--peers", nargs="+", choices=list(TITLES), default=list(TITLES), help="bare always is one"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns that count, after one")
     parser.add_argument("--starts", type=int, default=3, help="starts of each process")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn")
