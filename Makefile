@@ -15,7 +15,7 @@
 # make asan    the farthest-point op under AddressSanitizer
 # make site    the documentation as a folder of pages, build/site, which needs no server and no network
 # make gpu-pack    what a machine with a GPU and no network lacks, into .cache/gpu-pack
-# make gpu-check   on that machine: everything that only a GPU can tell, in seven minutes; PARTS=a,b
+# make gpu-check   on that machine: everything that only a GPU can tell, in eight minutes; PARTS=a,b
 # make gpu-report  its results into the tables of docs/
 # Settings: TORCH (what to install in place of requirements/torch.txt), RANKS (default 2), JOBS of a study (default 2), PYTHON.
 

@@ -5,6 +5,12 @@
 All cases run in one process group on one engine, in turn, on the same candidate batches; a case's
 ratio is taken within each round, and the median over rounds is reported. The steps are the
 trainer's own, of the method `slap`. With --boundaries device host reuse is run both ways.
+
+    deepspeed --num_gpus 2 benchmarks/bench_step.py --lengths real
+
+runs on samples as long as they are: those of SLAP_DATA_DIR, or the demo data. Beside `slap`, which
+prunes samples, it measures `default`, whose budget is one of tokens and which scores nothing, and
+`by-loss`, the same budget with chances by the loss: scored, with reuse.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -29,11 +36,17 @@ from slap_ds.data.batch import CandidateBatch
 from slap_ds.engine import stop_ranks
 from slap_ds.models.causal import block_flops, head_flops
 from slap_ds.scoring import ScoreRequest
+from slap_ds.train.inputs import make_parts
 from slap_ds.train.record import train_step
 from slap_ds.train.run import Run, prepare
 
 PHASES = ("score", "gather", "select", "scatter", "forward", "backward", "optimizer")
 ROOT = Path(__file__).parents[1]
+# Run on real lengths, beside `slap`: settings of `selection`.
+BY_TOKENS: dict[str, dict[str, Any]] = {
+    "default": {"method": "sampled"},
+    "by-loss": {"method": "sampled", "sampled": {"by": "loss"}},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for boundaries in options.boundaries:
             named = "reuse" if boundaries == options.boundaries[0] else f"reuse-{boundaries}"
             cases[f"{named} {pruning:g}"] = case(base, "reuse", pruning, boundaries)
+        for name, selection in BY_TOKENS.items() if options.lengths == "real" else ():
+            cases[f"{name} {pruning:g}"] = case(base, "reuse", pruning, **selection)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     for number in range(options.warmup + options.rounds):
         batch = CandidateBatch(base.inputs.train, next(base.stream))
@@ -78,8 +93,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--candidates", type=int, default=32)
-    parser.add_argument("--row-tokens", type=int, default=512)
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--lengths", choices=["equal", "real"], default="equal")
+    parser.add_argument("--row-tokens", type=int, help="default: two of the longest samples")
+    parser.add_argument("--max-tokens", type=int, help="default: 256, of real lengths 512")
     parser.add_argument("--pruning", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6])
     parser.add_argument("--boundaries", nargs="+", choices=["device", "host"], default=["device"])
     parser.add_argument("--rounds", type=int, default=5)
@@ -95,7 +111,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--template", default="auto")
     parser.add_argument("--deepspeed", help="DeepSpeed JSON (default: the package's ZeRO-3)")
     parser.add_argument("--json")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    real = options.lengths == "real"
+    options.max_tokens = options.max_tokens or (512 if real else 256)
+    options.row_tokens = options.row_tokens or 2 * options.max_tokens
+    if real and options.data is None:
+        folder = os.environ.get("SLAP_DATA_DIR")
+        found = sorted(map(str, Path(folder).glob("*/*.train.jsonl*"))) if folder else []
+        options.data = found or ["builtin:demo/train"]
+    return options
 
 
 def base_config(options: argparse.Namespace) -> Config:
@@ -154,16 +178,16 @@ def synthetic(options: argparse.Namespace) -> str:
     return str(path)
 
 
-def case(base: Run, forward: str, pruning: float, boundaries: str = "device") -> Run:
-    """The same engine and data under another selection."""
-    step = {"forward": forward, "boundaries": boundaries}
-    config = base.config.model_copy(
-        update={
-            "step": base.config.step.model_copy(update=step),
-            "selection": base.config.selection.model_copy(update={"keep": 1 - pruning}),
-        }
-    )
-    return Run(config, base.comm, base.inputs, base.engine, base.stream, base.scorer, base.selector)
+def case(
+    base: Run, forward: str, pruning: float, boundaries: str = "device", **selection: Any
+) -> Run:
+    """The same engine and data under another selection; `selection`: if not the base's method."""
+    tree = base.config.model_dump()
+    tree["step"] |= {"forward": forward, "boundaries": boundaries}
+    tree["selection"] |= {"keep": 1 - pruning, **selection}
+    config = Config.model_validate(tree)
+    _, scorer, selector = make_parts(config, base.inputs.train)
+    return Run(config, base.comm, base.inputs, base.engine, base.stream, scorer, selector)
 
 
 def one_step(run: Run, number: int, batch: CandidateBatch) -> dict[str, Any]:
@@ -173,8 +197,8 @@ def one_step(run: Run, number: int, batch: CandidateBatch) -> dict[str, Any]:
     inputs.on_host = config.step.boundaries == "host"
     with syncs(run.engine.device) as seen:
         record = train_step(run, number, batch).metrics
-    pruned = config.selection.keep < 1
-    assert record["forward"] == (config.step.forward if pruned else "train"), record["forward"]
+    scores = config.selection.keep < 1 and bool(run.selector.needs)
+    assert record["forward"] == (config.step.forward if scores else "train"), record["forward"]
     return record | {"syncs": len(seen)}
 
 
@@ -286,6 +310,7 @@ def summary(
             k: getattr(options, k) for k in ("hidden", "intermediate", "layers", "vocab", "dtype")
         },
         "batch": {
+            "lengths": options.lengths,
             "candidates": options.candidates,
             "row_tokens": options.row_tokens,
             "max_tokens": options.max_tokens,
@@ -298,13 +323,15 @@ def summary(
 
 
 def show(result: dict[str, Any]) -> None:
-    names = ("case", "of full", "CPU", "FLOPs", "step s", "select %", "busiest", "gathers")
+    names = ("case", "of full", "CPU", "FLOPs", "tokens", "step s", "select %", "busiest")
+    names += ("gathers",)
     print("\n" + " ".join(f"{name:>13}" for name in names))
     for c in result["cases"]:
         values = (
             c["ratio_to_full"],
             c["cpu_ratio_to_full"],
             c["flops_ratio_to_full"],
+            c["trained_token_share"],
             c["step_s"],
             100 * c["selection_share"],
             c["busiest_rank_over_mean"],

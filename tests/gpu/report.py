@@ -88,6 +88,15 @@ def step(results: Results) -> str:
     return _table([*head, "peak GiB", "syncs", "selection"], body)
 
 
+def peers(results: Results) -> str:
+    """What users would take instead, in wall seconds a token of a loop written by hand."""
+    body = [
+        [row["name"], "{:.2f} [{:.2f}, {:.2f}]".format(*row["wall_s_of_bare"])]
+        for row in _facts(results, "peers")["result"]["throughput"]
+    ]
+    return _table(["", "of the loop"], body)
+
+
 def model(results: Results) -> str:
     """SmolLM2: evaluation losses before and after, at equal cost."""
     facts = _facts(results, "smollm2")
@@ -100,6 +109,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "checks": checks,
     "op": op,
     "step": step,
+    "peers": peers,
     "model": model,
 }
 

@@ -1,4 +1,5 @@
-"""The parts of tests/gpu/check.py that train: attention, parity, the step, a real model."""
+"""The parts of tests/gpu/check.py that train: attention, parity, the step, its peers, a
+real model."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import json
 import math
 import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +168,20 @@ def step(device: torch.device, tiny: bool, out: Path) -> dict[str, Any]:
     full = result["cases"][0]
     facts |= {"full_tokens_s": full["tokens_per_s"], "syncs": result["cases"][-1]["syncs"]}
     return {"full_tflop_s": full["flops"] / full["step_s"] / 1e12, **facts, "result": result}
+
+
+def peers(device: torch.device, tiny: bool, out: Path) -> dict[str, Any]:
+    """benchmarks/bench_peers.py: a loop by hand, Trainer, TRL where it is installed, and slap_ds, a
+    process each on this device; ratios to the loop."""
+    real = ["--hidden", "768", "--intermediate", "2048", "--layers", "12", "--dtype", "bfloat16"]
+    real += ["--candidates", "64", "--row-tokens", "8192", "--steps", "2", "--rounds", "3"]
+    file = out / "peers.result"
+    options = ["--tiny", "--peers", "slap-40"] if tiny else [*real, "--starts", "1"]
+    command = [sys.executable, "benchmarks/bench_peers.py", *options, "--json", str(file)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    result = json.loads(file.read_text())
+    facts = {row["name"]: row["wall_s_of_bare"][0] for row in result["throughput"]}
+    return {**facts, "result": result}
 
 
 def smollm2(device: torch.device, tiny: bool, out: Path) -> dict[str, Any]:
