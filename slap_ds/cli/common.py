@@ -17,7 +17,8 @@ OVERRIDES = "then any setting of the file, such as --selection.keep 0.8"
 def fail(message: str, every_rank: bool = False) -> NoReturn:
     """End with one line and exit code 1; rank 0 says it for all, unless `every_rank` is set."""
     rank = rank_said(os.environ)
-    if rank == 0 or every_rank:
+    beyond = rank >= ranks_said(os.environ, "WORLD_SIZE", rank + 1)  # there may be no rank 0
+    if rank == 0 or every_rank or beyond:
         where = f" (rank {rank})" if ranks_said(os.environ, "WORLD_SIZE", 1) > 1 else ""
         hidden = re.sub(r"://[^/@\s]+@", "://***@", message)  # a password in an address
         print(f"slap-ds: error{where}: {hidden}", file=sys.stderr, flush=True)

@@ -338,3 +338,17 @@ def test_the_process_itself_exits_clean(write):
     assert bad.stderr.count("\n") == 2
     assert "selection.keep" in bad.stderr
     assert run("train", write(), "--dry-run").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "says"), [("0", "2", True), ("1", "2", False), ("2", "2", True)]
+)
+def test_one_rank_tells_of_a_mistake_and_one_beyond_the_last_does(
+    rank, world, says, monkeypatch, capsys
+):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "nowhere.yaml"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.count("slap-ds: error") == says

@@ -1,4 +1,4 @@
-"""Answers during training under ZeRO-3: those of one process, and nothing is trained otherwise."""
+"""Answers during training on ranks: those of one process, and nothing is trained otherwise."""
 
 from pathlib import Path
 
@@ -23,6 +23,7 @@ WAYS = {
     "glm": {},
     "mixtral": {},
     "llama with finer hooks": {"gradient_checkpointing": False},
+    "llama zero2": {},
     "glm lora": LORA,
 }
 
@@ -32,6 +33,8 @@ def config(folder: Path, name: str, way: str, answers: dict | None, **sections):
     path = folder / kind
     if not path.is_dir():
         tiny_model(path, kind)
+    if "zero2" in way:
+        sections.setdefault("engine", {"deepspeed": "configs/deepspeed/zero2.json"})
     return tiny_config(
         str(path),
         folder / name,
