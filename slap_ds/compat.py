@@ -79,6 +79,9 @@ NAMES: dict[str, Name] = {
     ),
     "checkpoint_event_prologue": Name("deepspeed", "0.19.8", "readies ZeRO-3 for another state"),
     "checkpoint_event_epilogue": Name("deepspeed", "0.19.8", "takes it up again"),
+    "original_muon": Name(
+        "deepspeed", "0.19.8", "an optimizer that is imported beside every other, and compiled then"
+    ),
     "comms_logger": Name("deepspeed", "0.19.8", "counts DeepSpeed's own collectives"),
     "comms_dict": Name("deepspeed", "0.19.8", "where it keeps {operation: {bytes: [calls, ...]}}"),
 }
@@ -172,6 +175,23 @@ def fingerprint_of(dataset: Any) -> str:
 
 
 # deepspeed
+
+
+def spare_compiling() -> None:
+    """Import the Muon optimizer, as DeepSpeed does beside every other, uncompiled.
+
+    A decorator in it brings in torch's compiler: 1.5 s of every start, for nothing that is used
+    here. Muon itself works without.
+    """
+    from deepspeed.runtime import compiler
+
+    given = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = given
 
 
 def without_recovery_script(engine: Any) -> None:

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,7 @@ def seen(tmp_path_factory):
         found[name] = callable(getattr(DeepSpeedZeroOptimizer, name, None))
     found["_copy_recovery_script"] &= callable(DeepSpeedEngine._copy_recovery_script)
     found["comms_logger"] = hasattr(comm.comm, "comms_logger")
+    found["original_muon"] = "deepspeed.runtime.zero.muon.original_muon" in sys.modules
     found["comms_dict"] = isinstance(compat.collectives_log(comm), dict)
     groups = dist.distributed_c10d
     found["_world"] = hasattr(getattr(groups, "_world", None), "pg_map")
@@ -236,3 +239,13 @@ def wait_of_groups():
     device = torch.device("cpu")
     backends = [group._get_backend(device) for group in dist.distributed_c10d._world.pg_map]
     return sorted({backend.options._timeout.total_seconds() for backend in backends})
+
+
+def test_an_engine_does_not_bring_in_the_compiler():
+    code = (
+        "import sys; from slap_ds import compat; compat.spare_compiling();"
+        "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam;"
+        "sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    )
+    root = PACKAGE.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=240).returncode == 0
