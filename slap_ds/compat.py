@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -177,19 +178,18 @@ def fingerprint_of(dataset: Any) -> str:
 # deepspeed
 
 
-def spare_compiling() -> None:
-    """Import the Muon optimizer, as DeepSpeed does beside every other, uncompiled.
+def spare_compiling(deepspeed: Any) -> None:
+    """Import the package's Muon optimizer, as it does itself beside every other, uncompiled.
 
     A decorator in it brings in torch's compiler: 1.5 s of every start, for nothing that is used
     here. Muon itself works without.
     """
-    from deepspeed.runtime import compiler
-
+    compiler = deepspeed.runtime.compiler
     given = compiler.compile
     compiler.compile = lambda: lambda function: function
     try:
         with contextlib.suppress(ImportError):
-            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         compiler.compile = given
 

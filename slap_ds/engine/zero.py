@@ -91,7 +91,7 @@ class DeepSpeedEngine(Engine):
         offload = settings["zero_optimization"].get("offload_optimizer") or {}
         on_host = get_accelerator().device_name() == "cpu" or offload.get("device") == "cpu"
         self.rank, self.world = comm.rank, comm.world
-        spare_compiling()
+        spare_compiling(deepspeed)
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
             # DeepSpeed's is compiled when it is first made: once a node.
