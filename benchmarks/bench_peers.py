@@ -122,7 +122,7 @@ def write_job(options: argparse.Namespace, folder: Path) -> Config:
 
     The tokens of slap_ds are in its cache afterwards: a start is a warm one.
     """
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer, batch = load_tokenizer(options.tokenizer), options.hf_batch
     model = str(folder / "model")
     heads = max(1, options.hidden // 64)
     fields = {
@@ -179,9 +179,10 @@ def write_job(options: argparse.Namespace, folder: Path) -> Config:
         "candidates": options.candidates,
         "row_tokens": options.row_tokens,
         "rows_a_step": max(1, round(tokens / len(stream) / options.row_tokens)),
-        "hf_batch": options.hf_batch,
-        # A GPU is not filled by one sample; a CPU is, and has nothing to pad then.
-        "bare_batch": options.hf_batch if torch.cuda.is_available() else 1,
+        "hf_batch": batch,
+        # One sample fills a CPU, and has nothing to pad; it does not fill a GPU, and under ZeRO-3
+        # each forward gathers all weights.
+        "bare_batch": 1 if options.ranks == 1 and not torch.cuda.is_available() else batch,
         "selections": SELECTIONS,
         "deepspeed": resolve_deepspeed(config, options.ranks, options.hidden),
     }

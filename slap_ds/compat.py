@@ -11,6 +11,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -84,6 +85,9 @@ NAMES: dict[str, Name] = {
         "deepspeed", "0.19.8", "exchanges tokens for heads, backwards too (Ulysses)"
     ),
     "register_all_to_all_group": Name("deepspeed", "0.19.8", "lets it find its process group"),
+    "original_muon": Name(
+        "deepspeed", "0.19.8", "an optimizer that is imported beside every other, and compiled then"
+    ),
     "comms_logger": Name("deepspeed", "0.19.8", "counts DeepSpeed's own collectives"),
     "comms_dict": Name("deepspeed", "0.19.8", "where it keeps {operation: {bytes: [calls, ...]}}"),
 }
@@ -177,6 +181,22 @@ def fingerprint_of(dataset: Any) -> str:
 
 
 # deepspeed
+
+
+def spare_compiling(deepspeed: Any) -> None:
+    """Import the package's Muon optimizer, as it does itself beside every other, uncompiled.
+
+    A decorator in it brings in torch's compiler: 1.5 s of every start, for nothing that is used
+    here. Muon itself works without.
+    """
+    compiler = deepspeed.runtime.compiler
+    given = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = given
 
 
 def without_recovery_script(engine: Any) -> None:

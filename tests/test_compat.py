@@ -3,6 +3,8 @@
 import ast
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,7 @@ def look(config):
     found["_copy_recovery_script"] &= "_copy_recovery_script" in inspect.getsource(
         type(inner)._save_zero_checkpoint
     )
+    found["original_muon"] = "deepspeed.runtime.zero.muon.original_muon" in sys.modules
     found["ds_numel"] &= compat.whole_size(weight) > weight.numel()
     found["ds_tensor"] &= compat.part_size(weight) == compat.whole_size(weight)
     found["param_names"] &= compat.weight_names(inner)[weight].startswith("lm.model.layers.0.")
@@ -239,3 +242,13 @@ def wait_of_groups():
     device = torch.device("cpu")
     backends = [group._get_backend(device) for group in dist.distributed_c10d._world.pg_map]
     return sorted({backend.options._timeout.total_seconds() for backend in backends})
+
+
+def test_an_engine_does_not_bring_in_the_compiler():
+    code = (
+        "import sys, deepspeed; from slap_ds import compat; compat.spare_compiling(deepspeed);"
+        "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam;"
+        "sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    )
+    root = PACKAGE.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=240).returncode == 0

@@ -23,14 +23,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # every command imports this file, and few need numpy
+    import numpy as np
+    import numpy.typing as npt
 
 from slap_ds.distributed.heart import Heart, last_words
 
-Exchange = Callable[[Sequence[int]], npt.NDArray[np.int64]]
+Exchange: TypeAlias = "Callable[[Sequence[int]], npt.NDArray[np.int64]]"
 _ASK_S = 1.0
 _NOWHERE = "0.0.0.0"  # no IPv4 between the nodes
 

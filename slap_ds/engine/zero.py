@@ -23,6 +23,7 @@ from slap_ds.compat import (
     partitioned_groups,
     second_order,
     set_step,
+    spare_compiling,
     stay_gathered,
     weight_names,
     without_recovery_script,
@@ -91,6 +92,7 @@ class DeepSpeedEngine(Engine):
         offload = settings["zero_optimization"].get("offload_optimizer") or {}
         on_host = get_accelerator().device_name() == "cpu" or offload.get("device") == "cpu"
         self.rank, self.world = comm.rank, comm.world
+        spare_compiling(deepspeed)
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
             # DeepSpeed's is compiled when it is first made: once a node.

@@ -1,4 +1,4 @@
-"""benchmarks/bench_peers.py in its quick form: contestants agree on a loss, or there is no table."""
+"""benchmarks/bench_peers.py in its quick form: contestants agree on a loss, or make no table."""
 
 import importlib.util
 import json

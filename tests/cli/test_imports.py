@@ -33,10 +33,7 @@ def imported(code):
     "code",
     [
         "import slap_ds",
-        "import slap_ds.cli\n"
-        "try: slap_ds.cli.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "0",
+        "import slap_ds.cli\ntry: slap_ds.cli.main(['--help'])\nexcept SystemExit: pass\n0",
     ],
     ids=["package", "help"],
 )
