@@ -20,17 +20,17 @@ import argparse
 import importlib.util
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peer_tables import TITLES, put, tables
 
@@ -234,7 +234,11 @@ class Peer:
     def stop(self) -> None:
         """End its processes, whatever they do."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            # torchrun gives its ranks sessions of their own.
+            started = psutil.Process(self.process.pid)
+            for process in [started, *started.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.process.wait()
 
 
