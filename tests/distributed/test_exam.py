@@ -85,3 +85,11 @@ def test_ranks_answer_as_one_process_and_train_as_without_answers(way, tmp_path)
     assert evaluated[0] == evaluated[1]
     weights = [whole_weights(find(tmp_path / n)[-1].folder) for n in ("two", "quiet")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.slow
+def test_ranks_that_share_rows_answer_as_one_process(tmp_path):
+    train_and_draw(config(tmp_path, "one", "llama", ANSWERS, engine={"kind": "torch"}))
+    shared = config(tmp_path, "two", "llama", ANSWERS, engine={"sequence_parallel": 2})
+    run_ranks(train_and_draw, 2, shared)
+    assert marks(tmp_path / "two") == marks(tmp_path / "one")
