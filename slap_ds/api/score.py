@@ -53,6 +53,14 @@ def score(
     Raises:
         ValueError: a batch without labels or samples, an unknown setting, or a model whose loss is
             not that of one linear head over its last hidden states.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=1, **sizes))
+    >>> ids = torch.arange(12).reshape(2, 6)
+    >>> scored = score(model, {"input_ids": ids, "labels": ids})
+    >>> scored.loss.shape, scored.sketch.shape, scored.response_tokens
+    (torch.Size([2]), torch.Size([2, 16]), tensor([5, 5]))
     """
     if unknown := sorted(set(needs) - {*_SIGNALS}):
         raise ValueError(

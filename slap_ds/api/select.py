@@ -52,6 +52,9 @@ def select(
     Raises:
         ValueError: shapes or lengths that do not fit, an unknown method or setting, scores that
             the method needs and nobody gave, or no candidate with finite scores.
+
+    >>> select([0.5, 3.0, 1.0, 2.0], keep=0.5, method="hard").picks
+    tensor([1, 3])
     """
     batch = _batch(losses, sketches, tokens, response_tokens, ids, lr)
     selector = _selector(method, keep, settings)

@@ -57,6 +57,10 @@ def farthest_point(
     `first`.
 
     The method is the k-center greedy of Gonzalez (1985), as SLAP (arXiv 2605.23969) uses it.
+
+    >>> points = torch.tensor([[0.0], [1.0], [5.0], [6.0]])
+    >>> farthest_point(points, torch.tensor([3]), first=0).picks
+    tensor([0, 3, 1])
     """
     return FarthestPoints(
         *torch.ops.slap_ds.farthest_point(

@@ -70,6 +70,11 @@ def register_selector(name: str, factory: Callable[..., Selector]) -> None:
 
     Raises:
         ValueError: the name is that of a built-in method, or empty.
+
+    >>> register_selector("hard", Stateless)
+    Traceback (most recent call last):
+    ...
+    ValueError: the selector's name 'hard' is that of a built-in method: choose another one
     """
     if not name.strip() or name in SELECTORS:
         taken = "is that of a built-in method" if name in SELECTORS else "is empty"

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import slap_ds
 from slap_ds import selection
 
@@ -16,6 +18,17 @@ def test_the_examples_of_the_page_are_true(monkeypatch):
     found = doctest.testfile(str(DOCS), module_relative=False, optionflags=doctest.FAIL_FAST)
     assert found.attempted > 25
     assert not found.failed
+
+
+@pytest.mark.parametrize("name", ["select", "score", "register_selector", "farthest_point"])
+def test_the_examples_of_docstrings_are_true(name):
+    function = getattr(slap_ds, name)
+    inside = vars(sys.modules[function.__module__])
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for example in doctest.DocTestFinder(recurse=False).find(function, name, globs=inside):
+        runner.run(example)
+    assert runner.tries
+    assert not runner.failures
 
 
 def test_the_page_names_every_public_name():
