@@ -362,7 +362,7 @@ def conversations(config: Config) -> Iterator[list[dict[str, str]]]:
     from slap_ds.data.formats import Conversation, read_sources
     from slap_ds.data.sources import Limits, find_sources
 
-    for _, _, row in read_sources(find_sources(config.data.train), "auto", Limits()):
+    for row in read_sources(find_sources(config.data.train), "auto", Limits()):
         if isinstance(row, Conversation):
             yield [{"role": m.role, "content": m.content} for m in row.messages]
 

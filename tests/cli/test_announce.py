@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from slap_ds.cli import main
-from slap_ds.data import store
+from slap_ds.data import writer
 from slap_ds.distributed import startup
 from slap_ds.errors import counted, mistake
 from slap_ds.report.numbers import size_text
@@ -124,7 +124,7 @@ def test_a_full_cache_disk(path, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(writer.StoreWriter, "add", full)
     told = fails(capsys, "train", path, "--data.cache_dir", str(tmp_path / "cache"))
     assert told.startswith(f"slap-ds: error: {tmp_path / 'cache'}: No space left on device: free")
     assert len(told.splitlines()) == 1

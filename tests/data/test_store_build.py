@@ -128,6 +128,8 @@ from pathlib import Path
 from slap_ds.data import parts, writer
 from tests.data.test_store_build import build, counting
 
+# A shell that starts jobs in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 parts.CHUNK_ROWS, writer.EVERY_S = 50, 0.0
 cache, log, how, workers, *paths = sys.argv[1:]
 add, finished = writer.StoreWriter.add, 0
