@@ -9,7 +9,9 @@ else must agree with what MPI or Slurm says, or every process might take itself 
 
 from __future__ import annotations
 
+import contextlib
 import re
+import secrets
 import socket
 import sys
 from collections.abc import Mapping
@@ -106,7 +108,7 @@ def discover(environ: Mapping[str, str]) -> Place:
             )
         if "MPI_LOCALRANKID" in environ or "PMIX_RANK" in environ:
             return ask_mpi()
-        return Place("none", 0, 1, 0, 1, "127.0.0.1", _free_port())
+        return Place("none", 0, 1, 0, 1, "127.0.0.1", free_port())
     if "CROSS_SIZE" in environ and "LOCAL_SIZE" in environ:
         return _checked(environ, _DEEPSPEED)
     if not any(name.startswith("TORCHELASTIC_") for name in environ) and outer is not None:
@@ -143,7 +145,7 @@ def ask_mpi() -> Place:
         )
     comm = MPI.COMM_WORLD
     here = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    host, port = socket.gethostname(), _free_port()
+    host, port = socket.gethostname(), free_port()
     address, port = comm.bcast((host, port), root=0)
     if here.Get_size() == comm.Get_size():
         address = "127.0.0.1"
@@ -199,7 +201,7 @@ def _checked(environ: Mapping[str, str], names: _Names) -> Place:
     if names is _MPI[2] and "SLURM_STEP_ID" in environ:
         names = _SLURM
     address = environ.get("MASTER_ADDR") or _address(environ, names, world, local_world)
-    fallback = _free_port() if world == 1 else _port(environ, names)
+    fallback = free_port() if world == 1 else _port(environ, names)
     return Place(
         who,
         rank,
@@ -311,10 +313,12 @@ def _number(environ: Mapping[str, str], name: str, fallback: int) -> int:
     return int(text)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def free_port() -> int:
+    """Below those of outgoing connections, so that none takes it before rank 0 listens there."""
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def read_hostfile(path: str) -> dict[str, int]:

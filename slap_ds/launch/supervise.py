@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import math
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -42,7 +41,7 @@ from slap_ds.distributed.heart import (
     read_heartbeat,
     write_json,
 )
-from slap_ds.launch.environment import read_hostfile
+from slap_ds.launch.environment import free_port, read_hostfile
 
 _PR_SET_CHILD_SUBREAPER, _PR_SET_PDEATHSIG = 36, 1
 _TICK_S = 0.2
@@ -133,7 +132,7 @@ class _Job:
             old.unlink()
         # There from the start: a shared file system may go on for a minute to say that it is not.
         self._ask(number, "")
-        port = str(_free_port())
+        port = str(free_port())
         return subprocess.Popen(
             _with_port(self.command, port),
             env={**os.environ, "SLAP_ATTEMPT": str(number), "MASTER_PORT": port},
@@ -365,14 +364,6 @@ def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def _free_port() -> int:
-    """Below those of outgoing connections, so that none takes it before rank 0 listens there."""
-    while True:
-        port = random.randint(20000, 32000)
-        with contextlib.suppress(OSError), socket.create_server(("", port)):
-            return port
 
 
 def _say(text: str) -> None:
