@@ -39,6 +39,15 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def sync(path: Path) -> None:
+    """Force a file or folder to disk, so that a power cut cannot leave an empty one behind."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def feed(digest: Digest, path: Path, progress: Callable[[], None] = lambda: None) -> int:
     """Hash a file block by block; returns its bytes. `progress` is called after each block."""
     size = 0

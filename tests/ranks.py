@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from slap_ds.launch.environment import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.ranks_preload"])
@@ -26,9 +27,7 @@ def run_ranks(
     `work` must be a module-level function. A rank that raises, dies or hangs fails the test.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         processes = [
             _context.Process(target=_rank_main, args=(work, rank, world, folder, port, args))
             for rank in range(world)

@@ -29,7 +29,8 @@ from slap_ds.checkpoint.find import find, read, sealed
 from slap_ds.checkpoint.state import packed
 from slap_ds.distributed.comm import Comm
 from slap_ds.engine import Engine
-from slap_ds.engine.tensor_files import FileFact, TensorWriter, file_fact, sync
+from slap_ds.engine.tensor_files import FileFact, TensorWriter, file_fact
+from slap_ds.files import sync
 
 T = TypeVar("T")
 

@@ -34,7 +34,8 @@ from slap_ds.data.parts import Part, encode, read_chunks
 from slap_ds.data.samples import Rules
 from slap_ds.data.sources import Limits, Source, find_sources
 from slap_ds.data.store import STORE_VERSION, TokenStore
-from slap_ds.data.writer import JOURNAL, StoreWriter, rows_kept, sync
+from slap_ds.data.writer import JOURNAL, StoreWriter, rows_kept
+from slap_ds.files import sync
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ import numpy as np
 from slap_ds.data.counts import Counts
 from slap_ds.data.parts import Part
 from slap_ds.data.store import COLUMNS, LABELS, ORIGIN, POSITION_BITS, STORE_VERSION
-from slap_ds.files import BLOCK_BYTES
+from slap_ds.files import BLOCK_BYTES, sync
 
 JOURNAL = "journal.jsonl"
 EVERY_S = 5.0  # between lines of the journal: what a killed build loses at most
@@ -64,11 +64,11 @@ class StoreWriter:
         self.folder = folder
         self.token_type = token_type
         self.written = Written()
-        self._told = {label: 0 for label in LABELS}  # how many names the journal has
         journal = _resume(folder, self.written)
         self.kept = self.written.counts.rows  # rows that stay, however this ends
         self._journal = (folder / JOURNAL).open("ab")
         self._journal.truncate(journal)
+        # How many names of each label the journal has.
         self._told = {label: len(codes) for label, codes in self.written.names.items()}
         self._files = {name: (folder / name).open("ab") for name in FILES}
         for name, file in self._files.items():
@@ -158,15 +158,6 @@ class StoreWriter:
         self._threads.shutdown()
         for file in (self._journal, *self._files.values()):
             file.close()
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to disk, so that a power cut cannot leave an empty one behind."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def rows_kept(folder: Path) -> int:

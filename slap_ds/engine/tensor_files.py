@@ -160,15 +160,6 @@ def file_fact(path: Path, progress: Callable[[], None] = _nothing) -> FileFact:
     return FileFact(size, digest.hexdigest())
 
 
-def sync(path: Path) -> None:
-    """Force a file or folder to disk, so that a power cut cannot leave an empty one behind."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def to_host(state: Any) -> Any:
     """A copy of nested containers with every tensor copied to host memory, equal ones shared."""
     seen: dict[Any, Tensor] = {}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from slap_ds.bench.throughput import Data, throughput
 from slap_ds.config.file import write_config
 from slap_ds.engine.peak import measured_peak, peak_of
 from slap_ds.jsonl import read_lines
+from slap_ds.launch.environment import free_port
 from tests.ranks import run_ranks
 from tests.recipes import tiny_config, tiny_model
 
@@ -273,14 +273,8 @@ def test_one_rank_has_no_network_to_measure(monkeypatch, capsys):
     assert "GB/s" not in text
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def test_network_between_two_ranks(tmp_path):
-    port, out = free_port(), tmp_path / "network.json"
+    port, out = str(free_port()), tmp_path / "network.json"
     command = [sys.executable, "-m", "slap_ds", "bench", "network", "--mib", "4"]
     jobs = []
     for rank in range(2):

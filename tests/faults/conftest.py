@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.faults.harness import free_port, run_through, write_config
+from slap_ds.launch.environment import free_port
+from tests.faults.harness import run_through, write_config
 
 
 @pytest.fixture(scope="session")

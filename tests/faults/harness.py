@@ -7,14 +7,11 @@ assert_same(run_dir, baseline)     invariant I: the same losses, weights and led
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
-import random
 import runpy
-import socket
 import sys
 import time
 from pathlib import Path
@@ -24,6 +21,7 @@ import yaml
 
 from slap_ds.checkpoint import find as checkpoints
 from slap_ds.jsonl import read_lines
+from slap_ds.launch.environment import free_port
 from tests.faults import planted
 from tests.recipes import SIZES
 
@@ -61,14 +59,6 @@ def with_fault(fault: str) -> dict[str, str]:
     """Variables that plant a fault in the ranks of a launcher."""
     path = [str(Path(__file__).parent / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {"SLAP_FAULT": fault, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-
-
-def free_port() -> int:
-    """Outside the range from which outgoing connections get theirs."""
-    while True:
-        port = random.randint(20000, 32000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 def _rank(arguments, environ, log):

@@ -11,11 +11,11 @@ import psutil
 import pytest
 
 from slap_ds.jsonl import read_lines
+from slap_ds.launch.environment import free_port
 from tests.faults.harness import (
     Job,
     assert_same,
     at_step,
-    free_port,
     heartbeats,
     left_over,
     run_through,
