@@ -20,7 +20,7 @@ WRONG = 0.08  # share of badly fitting answers from which data count as noisy
 UNSURE = 0.2  # share of them that cannot be excluded, from which that is said
 TOLD = 0.2  # share of the rows in other sources, below which nothing is said
 AHEAD = "the default was ahead of a random choice at equal cost in a study of a small model"
-LEVEL = "the default was level with a random choice at equal cost in a study of a small model"
+LEVEL = "a study of a small model could not tell the default from a random choice at equal cost"
 RULE = (
     "Rule of thumb: to spend less, set selection.method sampled and selection.keep 0.6: a step "
     "then costs 0.6 of one on all data, and the same cost buys 1 / 0.6 of the steps. In five "
